@@ -1,22 +1,22 @@
 """Diffusion Forcing for video: the whole method in one file.
 
 The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392) in five lines:
-  1. Give every frame of a clip its own, independent noise level, and train a network that is causal in time to
-     denoise all of them at once. Noise is masking: no noise = a frame you know, pure noise = one you know nothing of.
-  2. The network has then seen every mixture of known, half-known and unknown frames,
-  3. so when sampling you may choose the mixture: a matrix of noise levels, one row a step, one column a frame.
-  4. "Next frame after next frame", "all frames together" and everything between are just different matrices.
-  5. Finished frames enter the network's memory with a little noise on them, so a rollout can go on for ever.
+  1. Noise is masking: a frame without noise is known, a frame of pure noise is not.
+  2. Give every frame of a clip its own, independent noise level, and train a network that is
+     causal in time to denoise them all. It then knows every mixture of known and unknown frames,
+  3. so when sampling you choose the mixture: a matrix of levels, a row a step, a column a frame.
+  4. "Frame after frame", "all frames together" and all between them are just different matrices.
+  5. Finished frames enter the network's memory with a little noise: a rollout can go on for ever.
 
-One clip while it trains (each frame at a level of its own) and while it is sampled (rows of the matrix, S = 4):
+Noise levels of three training clips, and three matrices to sample with (S = 4 steps a frame):
 
-    sigma of frames 0..5                 autoregressive        pyramid, u = 2        full sequence
-    clip 1   .31 2.4 .08 .90 .02 17.     4 4 4 4  start        4 4 4 4  start        4 4 4 4  start
-    clip 2   .75 .11 5.0 .04 1.2 .46     3 4 4 4               3 4 4 4               3 3 3 3
-    clip 3   .05 .62 .19 31. .33 .07     2 4 4 4               2 4 4 4               2 2 2 2
-                                         1 4 4 4               1 3 4 4               1 1 1 1
-                                         0 4 4 4  frame 0      0 2 4 4  frame 0      0 0 0 0  all done
-                                         0 3 4 4  is done      0 1 3 4  is done
+    sigma of frame 0, 1, 2 ...      autoregressive    pyramid, u = 2    full sequence
+    .31  2.4  .08  .90  .02  17.       4 4 4 4           4 4 4 4           4 4 4 4      time
+    .75  .11  5.0  .04  1.2  .46       3 4 4 4           3 4 4 4           3 3 3 3       |
+    .05  .62  .19  31.  .33  .07       2 4 4 4           2 4 4 4           2 2 2 2       |
+                                       1 4 4 4           1 3 4 4           1 1 1 1       |
+                                       0 4 4 4           0 2 4 4           0 0 0 0       v
+                                       0 3 4 4           0 1 3 4
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -26,10 +26,13 @@ Glossary
   D               the denoiser, D(x; sigma) = E[clean frame | noisy frames up to and including it]
   S, k            number of sampling steps; a level k in 0..S, 0 = clean, S = sigma_max
   K  (M+1, T)     scheduling matrix: K[m, t] is the level of frame t before step m
-  state           what the network remembers of finished frames: keys and values, or a GRU's hidden state
+  state           what the network keeps of finished frames: keys and values, or a hidden state
 
-Departures from the paper: EDM's noise levels, preconditioning and weighting (Karras et al., arXiv 2206.00364) in place
-of a discrete DDPM schedule; attention with a cache beside the paper's GRU; the GRU runs at every location of a U-Net.
+Departures from the paper: EDM's noise levels, preconditioning and weighting (Karras et al., arXiv
+2206.00364) in place of a discrete DDPM schedule; attention with a cache beside the paper's GRU.
+
+Does not include: latent autoencoders, text conditioning, guidance, discrete noise schedules.
+
 Read on from top to bottom: the method comes first, the network after it.
 """
 
@@ -41,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Config: everything that training, sampling and the network have to agree on. It travels in the checkpoint.
+# -------------------------------------------------------------------------------------------------
+# 1. Config: all that training, sampling and network must agree on. It travels in the checkpoint.
 
 FORCINGS = ("diffusion", "full_sequence", "teacher")
 SCHEDULES = ("autoregressive", "pyramid", "full_sequence")
@@ -51,102 +54,108 @@ SOLVERS = ("euler", "heun")
 
 @dataclass
 class Config:
-    """Sizes, network and noise. Raises ValueError, with the numbers, for what cannot work together."""
+    """Sizes, network and noise. Raises ValueError, with the numbers, for what cannot work."""
 
     height: int = 32
     width: int = 32
     channels: int = 3
-    action_dim: int = 0              # numbers a frame that say what was done to get to it; 0 = no actions
-    clip_frames: int = 16            # T while training; rollouts go far beyond
+    action_dim: int = 0              # numbers a frame that say what led to it; 0 = no actions
+    clip_frames: int = 16            # T in training; rollouts go far beyond
 
     temporal: str = "attention"      # where frames meet: "attention" or "gru"
-    causal: bool = True              # False: frames also see later ones (clips of full sequences only)
+    causal: bool = True              # False: frames also see later ones (not with a GRU)
     window: int = 16                 # attention: a frame sees this many frames, itself included
-    patch: int = 2                   # pixel-unshuffle of the stem: the U-Net works at 1/patch of the resolution
+    patch: int = 2                   # pixel-unshuffle: the U-Net works at 1/patch resolution
     dim: int = 32                    # channels at the highest resolution ...
-    dim_mults: tuple = (1, 2)        # ... and how many times that at each level; a level halves the resolution
-    head_dim: int = 32               # channels of one attention head
+    dim_mults: tuple = (1, 2)        # ... and their multiples at each level, half as large each
+    head_dim: int = 16               # channels of one attention head
 
     sigma_data: float = 0.5          # standard deviation of the training frames, measured
-    data_mean: tuple = ()            # their mean, one number a channel, measured; () = zeros
+    data_mean: tuple = ()            # their mean, a number a channel, measured; () = zeros
     P_mean: float = -0.6             # training noise: ln sigma ~ Normal(P_mean, P_std^2)
     P_std: float = 1.6
-    sigma_min: float = 0.02          # sampling noise: from sigma_max down to sigma_min, then 0
+    sigma_min: float = 0.02          # sampling noise: from sigma_max to sigma_min, then 0
     sigma_max: float = 80.0
-    rho: float = 7.0                 # EDM: how much denser the steps are near sigma_min
-    context_noise: float = 0.05      # noise on every frame that enters the network's memory
+    rho: float = 7.0                 # EDM: how much denser the levels are near sigma_min
+    context_noise: float = 0.05      # on every frame that enters the network's memory
 
     def __post_init__(self):
         self.dim_mults = tuple(self.dim_mults)
         self.data_mean = tuple(float(m) for m in self.data_mean) or (0.0,) * self.channels
+        for name in ("height", "width", "channels", "clip_frames", "window", "patch", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         multiple = self.patch * 2 ** (len(self.dim_mults) - 1)
         dims = [self.dim * m for m in self.dim_mults]
-
-        def check(ok, message):
+        for ok, message in (
+            (self.height % multiple == 0 and self.width % multiple == 0,
+             f"frames of {self.height}x{self.width}: multiples of {multiple} are needed "
+             f"(patch {self.patch}, {len(dims)} levels)"),
+            (self.temporal in ("attention", "gru"),
+             f"temporal is {self.temporal!r}; 'attention' or 'gru' is needed"),
+            (self.causal or self.temporal == "attention", "a GRU is always causal"),
+            (all(d % 8 == 0 and d % self.head_dim == 0 for d in dims),
+             f"channels {dims}: multiples of 8 and of head_dim {self.head_dim} are needed"),
+            (len(self.data_mean) == self.channels,
+             f"data_mean has {len(self.data_mean)} numbers for {self.channels} channels"),
+            (self.sigma_data > 0, f"sigma_data is {self.sigma_data}; it must be positive"),
+            (self.context_noise > 0,
+             f"context_noise is {self.context_noise}; it must be positive: labels are logarithms"),
+            (0 < self.sigma_min < self.sigma_max,
+             f"sigma_min {self.sigma_min} must lie between 0 and sigma_max {self.sigma_max}"),
+        ):
             if not ok:
                 raise ValueError(message)
 
-        for name in ("height", "width", "channels", "clip_frames", "window", "patch", "dim"):
-            check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        check(self.height % multiple == 0 and self.width % multiple == 0,
-              f"frames of {self.height}x{self.width}: both must be multiples of {multiple} "
-              f"(patch {self.patch}, {len(dims)} levels)")
-        check(self.temporal in ("attention", "gru"), f"temporal {self.temporal!r} is not 'attention' or 'gru'")
-        check(self.causal or self.temporal == "attention", "a GRU runs forward in time: causal must be True")
-        check(all(d % self.head_dim == 0 for d in dims), f"channels {dims}: not multiples of head_dim {self.head_dim}")
-        check(len(self.data_mean) == self.channels,
-              f"data_mean has {len(self.data_mean)} numbers for {self.channels} channels")
-        check(self.sigma_data > 0, f"sigma_data is {self.sigma_data}; it must be positive")
-        check(self.context_noise > 0, f"context_noise is {self.context_noise}; the label ln(0) does not exist")
-        check(0 < self.sigma_min < self.sigma_max,
-              f"sigma_min {self.sigma_min}, sigma_max {self.sigma_max}: 0 < sigma_min < sigma_max is needed")
-
     def in_frame_units(self, sigma):
-        """The noise levels above are stated for data of standard deviation 0.5, as in EDM. Here, and nowhere else,
-        they are scaled to the data at hand."""
+        """The levels above are stated for data of standard deviation 0.5, as in EDM. Here, and
+        nowhere else, they are scaled to the data at hand."""
         return sigma * self.sigma_data / 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Noise: one independent level for every frame. This is the line that makes it Diffusion Forcing.
+# -------------------------------------------------------------------------------------------------
+# 2. Noise: one independent level for every frame. These lines make it Diffusion Forcing.
 
 
 def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", generator=None):
-    """Training noise levels, ln sigma ~ Normal(P_mean, P_std^2): (batch_size, num_frames), in frame units.
+    """Noise levels for training, ln sigma ~ Normal(P_mean, P_std^2) -> (B, T) in frame units.
 
-    forcing "diffusion" and "teacher" draw one level a frame, independent of all others (paper, Algorithm 1, line 3);
-    "full_sequence" draws one a clip. Drawn on the generator's device. Raises ValueError for another forcing.
+    forcing "diffusion" and "teacher": one level a frame, independent of all others (paper,
+    Algorithm 1); "full_sequence": one a clip. Drawn on the generator's device. Raises ValueError
+    for any other forcing.
     """
     if forcing not in FORCINGS:
-        raise ValueError(f"forcing {forcing!r} is not one of {', '.join(FORCINGS)}")
-    levels = 1 if forcing == "full_sequence" else num_frames
-    normal = torch.randn(batch_size, levels, generator=generator, device=generator.device if generator else None)
+        raise ValueError(f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
+    shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
+    device = generator.device if generator else None
+    normal = torch.randn(shape, generator=generator, device=device)
     sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
     return sigma.expand(batch_size, num_frames)
 
 
 def randn(shape, like, generator=None):
-    """Standard normal noise on the device and in the type of `like`, whatever device the generator lives on."""
+    """Standard normal noise on the device and of the type of `like`, wherever the generator is."""
     device = generator.device if generator else like.device
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
 def per_frame(v):
-    """(B, T) or (T,) -> (B, T, 1, 1, 1) or (T, 1, 1, 1): one number a frame, ready to multiply frames with."""
+    """(..., T) -> (..., T, 1, 1, 1): one number a frame, ready to multiply frames with."""
     return v[..., None, None, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. EDM preconditioning and weighting (arXiv 2206.00364, Table 1).
+# -------------------------------------------------------------------------------------------------
+# 3. EDM preconditioning and weighting (arXiv 2206.00364, Table 1), F being the network:
 #
-#    D(x; sigma) = mu + c_skip (x - mu) + c_out F(c_in (x - mu); c_noise)        F is the network, mu the data's mean
+#    D(x; sigma) = mu + c_skip (x - mu) + c_out F(c_in (x - mu); c_noise)
 #
-#    keeps what goes into F and what F is asked for at unit variance at every sigma. At low noise F predicts the noise,
-#    at high noise the clean frame, and between them a mixture that makes its errors matter least.
+#    What F gets and what it is asked for have unit variance at every sigma: at low noise it
+#    predicts the noise, at high noise the frame. mu is the mean of the data, which EDM has at 0.
 
 
 def edm_scalings(sigma, sigma_data):
-    """-> c_skip, c_out, c_in, c_noise, each of sigma's shape (EDM, Table 1; c_noise in units of sigma_data)."""
+    """-> c_skip, c_out, c_in, c_noise, each of sigma's shape (EDM, Table 1; the label c_noise is
+    relative to sigma_data)."""
     total = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / total
     c_out = sigma * sigma_data / total.sqrt()
@@ -156,24 +165,25 @@ def edm_scalings(sigma, sigma_data):
 
 
 def loss_weight(sigma, sigma_data):
-    """lambda(sigma) = 1 / c_out^2: a network that says 0 has loss 1 at every noise level (EDM, eq. 19 to 21)."""
+    """lambda(sigma) = 1 / c_out^2: a network that says 0 has loss 1 at every noise level (EDM,
+    Table 1)."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 4. The training loss (paper, Algorithm 1).
 
 
-def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion", actions=None, generator=None,
-                           history_noise=None):
-    """Weighted denoising loss of a batch of clips x (B, T, C, H, W) in [-1, 1] -> scalar. Algorithm 1 of the paper.
+def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion", actions=None,
+                           generator=None, history_noise=None):
+    """Weighted denoising loss of clips x (B, T, C, H, W) -> scalar. Algorithm 1 of the paper.
 
-    `forcing` selects the paradigm and nothing else changes:
-      "diffusion"      every frame has its own noise, and is predicted from itself and its equally noisy past;
+    `forcing` selects the paradigm, and nothing else changes:
+      "diffusion"      every frame has noise of its own, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one noise level for the whole clip;
-      "teacher"        every noisy frame is predicted from its past without that noise, as in next-frame prediction.
-                       The past has only `history_noise` (a sigma, default config.context_noise), really added.
-    sigma (B, T) replaces the random levels. actions (B, T, A): row t drives the change into frame t.
+      "teacher"        next-frame prediction: the past that a frame sees is clean but for
+                       `history_noise` (default config.context_noise), which is really added.
+    sigma (B, T) replaces the random levels. actions (B, T, A): row t drives the change into t.
     """
     B, T = x.shape[:2]
     if sigma is None:
@@ -188,100 +198,102 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
     return (per_frame(loss_weight(sigma, config.sigma_data)) * (denoised - x) ** 2).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Scheduling matrices (paper, section 3.3 and Appendix): how much noise each frame has left at each step.
+# -------------------------------------------------------------------------------------------------
+# 5. Scheduling matrices (paper, section 3.3): how noisy each frame is at each step of sampling.
 
 
 def karras_sigmas(num_steps, config):
-    """-> (S+1,) sigma of level k in frame units: [0] = 0, [1] = sigma_min, ..., [S] = sigma_max (EDM, eq. 5)."""
+    """-> (S+1,) sigma of level k, in frame units: [0] = 0, [1] = sigma_min, [S] = sigma_max (EDM,
+    eq. 5, in increasing order). A single step starts at sigma_max."""
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; at least 1 is needed")
     low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
-    fraction = torch.arange(1, num_steps + 1) - 1 if num_steps > 1 else torch.ones(1)
-    sigmas = (low + fraction / max(num_steps - 1, 1) * (high - low)) ** config.rho
+    sigmas = torch.linspace(high, low, num_steps).flip(0) ** config.rho
     return config.in_frame_units(torch.cat([torch.zeros(1), sigmas]))
 
 
 def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
-    """-> int64 (M+1, T), K[m, t] = clip(S + floor(u t) - m, 0, S): every frame comes down S levels, one a row, and
-    starts u rows after the frame before it.
+    """-> int64 (M+1, T), K[m, t] = clip(S + floor(u t) - m, 0, S): a frame comes down S levels,
+    one a row, and starts u rows after the frame before it.
 
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is done
-      "pyramid"         u = `uncertainty`, levels a frame: near frames settle while far ones are still uncertain
-    Raises ValueError for another kind, an uncertainty below 0, or fewer than one frame or step.
+      "pyramid"         u = `uncertainty`: near frames settle while far ones are still uncertain
+    Raises ValueError for another kind, or less than one frame, one step or no uncertainty.
     """
     if kind not in SCHEDULES:
-        raise ValueError(f"schedule {kind!r} is not one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
     if num_frames < 1 or num_steps < 1 or not 0 <= uncertainty < math.inf:
         raise ValueError(f"{num_frames} frames, {num_steps} steps, uncertainty {uncertainty}: "
-                         "at least 1 frame, 1 step and an uncertainty of 0 or more are needed")
+                         "at least 1 frame, 1 step and an uncertainty of 0 are needed")
     u = {"full_sequence": 0, "autoregressive": num_steps, "pyramid": uncertainty}[kind]
-    start = torch.tensor([math.floor(u * t) for t in range(num_frames)])  # (T,) row in which frame t starts
-    step = torch.arange(num_steps + int(start[-1]) + 1)  # (M+1,)
-    return (num_steps + start - step[:, None]).clamp(0, num_steps)
+    start = torch.tensor([math.floor(u * t) for t in range(num_frames)])  # (T,) when t starts
+    m = torch.arange(num_steps + int(start[-1]) + 1)  # (M+1,)
+    return (num_steps + start - m[:, None]).clamp(0, num_steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 6. Sampling and rollout (paper, Algorithm 2).
 
 
 def sample(model, matrix, context=None, **options):
-    """One pass of the matrix: -> (B, T_context + matrix.shape[1], C, H, W), context first. Options as in rollout."""
+    """The matrix once, from `context` on -> (B, T_context + matrix.shape[1], C, H, W). Takes the
+    options of rollout."""
     num_frames = matrix.shape[1] + (0 if context is None else context.shape[1])
     return torch.stack(list(rollout(model, matrix, num_frames, context, **options)), 1)
 
 
-def rollout(model, matrix, num_frames, context=None, *, config=None, batch_size=1, actions=None, solver="euler",
-            generator=None, device=None, dtype=None):
-    """Algorithm 2: -> iterator over num_frames frames (B, C, H, W), those of the context first, each as soon as it is
-    finished. The matrix is laid along time as often as needed; memory and cost per frame do not grow.
+def rollout(model, matrix, num_frames, context=None, *, config=None, batch_size=1, actions=None,
+            solver="euler", generator=None, device=None, dtype=None):
+    """Algorithm 2 of the paper -> iterator over num_frames frames (B, C, H, W), those of the
+    context first, each as soon as it is finished. The matrix is laid along time again and again,
+    the last time cut to length; memory and the cost of a frame do not grow.
 
-    model    anything called like Denoiser.forward; config defaults to model.config.
-    matrix   (M+1, T) int levels, row by row from S to 0, as scheduling_matrix makes them; S is its maximum.
-    context  (B, T_context, C, H, W) frames to go on from, or None to start from nothing with batch_size clips.
-    actions  (B, num_frames or more, A), row t drives the change into frame t.
-    Raises ValueError for a matrix that does not lead from S to 0, or, if the model is causal, has a frame cleaner than
-    one before it; for a context of another size; for actions too short; for an unknown solver.
+    model    anything that is called like Denoiser.forward; config defaults to model.config
+    matrix   (M+1, T) int levels from S (first row) to 0 (last row); S is its maximum
+    context  (B, T_context, C, H, W) frames to go on from, or None: batch_size clips from nothing
+    actions  (B, num_frames or more, A): row t drives the change into frame t
+    Raises ValueError for a matrix that does not come down from S to 0 or, with a causal model, has
+    a frame cleaner than one before it; for a context of another size; for too few actions.
     """
     config = config or model.config
     check_rollout(matrix, num_frames, context, config, actions, solver)
     if context is None:
-        like = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        like = torch.empty(0) if like is None else like
-        shape = (batch_size, 0, config.channels, config.height, config.width)
-        context = torch.empty(shape, device=device or like.device, dtype=dtype or like.dtype)
-    return roll(model, matrix.cpu(), num_frames, context.to(device=device, dtype=dtype), config, actions, solver,
-                generator)
+        weights = model.parameters() if isinstance(model, nn.Module) else iter(())
+        like = next(weights, torch.empty(0))
+        context = like.new_empty(batch_size, 0, config.channels, config.height, config.width)
+    context = context.to(device=device, dtype=dtype)
+    return roll(model, matrix.cpu(), num_frames, context, config, actions, solver, generator)
 
 
 @torch.no_grad()
 def roll(model, matrix, num_frames, context, config, actions, solver, generator):
-    """The loop of rollout. x holds the frames that are not yet in the state: finished ones first, then the tile."""
+    """The loop of rollout. x holds the frames not yet in the state: finished ones, then a tile."""
     S = int(matrix.max())
-    sigmas = karras_sigmas(S, config).to(context)
+    sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
 
-    def noise(n):  # frame by frame and in order, so that neither tiles nor num_frames change what a frame begins with
-        shape = (len(context), *context.shape[2:])
-        return torch.stack([randn(shape, context, generator) for _ in range(n)], 1) if n else context[:, :0]
+    def noise(n):  # drawn frame by frame, so that neither tile nor num_frames change a frame's
+        frames = [randn(context[:, 0:0].sum(1).shape, context, generator) for _ in range(n)]
+        return torch.stack(frames, 1) if n else context[:, :0]
 
-    x, eps, state, first = context, noise(context.shape[1]), None, 0  # eps: each frame's noise as history
+    x, state, first = context, None, 0  # x[:, 0] is frame `first`
+    eps = noise(x.shape[1])  # what each frame will carry as history, times context_noise
     yield from context.unbind(1)
     while first + x.shape[1] < num_frames:
-        n = min(matrix.shape[1], num_frames - first - x.shape[1])  # the last tile is cut to length
-        begin, end = noise(2 * n).unflatten(1, (n, 2)).unbind(2)  # (B,n,C,H,W) twice: each frame's two draws
-        K = torch.cat([torch.zeros(len(matrix), x.shape[1], dtype=matrix.dtype), matrix[:, :n]], 1)
-        x, eps = torch.cat([x, sigmas[S] * begin], 1), torch.cat([eps, end], 1)
-        entered, shown = 0, K.shape[1] - n  # how many of x are in the state; have been given out
+        old, n = x.shape[1], min(matrix.shape[1], num_frames - first - x.shape[1])
+        start, history = noise(2 * n).unflatten(1, (n, 2)).unbind(2)  # (B,n,C,H,W) each
+        x, eps = torch.cat([x, sigmas[S] * start], 1), torch.cat([eps, history], 1)
+        K = torch.cat([matrix.new_zeros(len(matrix), old), matrix[:, :n]], 1)
+        entered, shown = 0, old  # how many of x are in the state; have been given out
         for now, then in zip(K[:-1], K[1:]):
             if torch.equal(now, then):
                 continue
             finished = int((now == 0).cumprod(0).sum())
-            started = int((then < S).nonzero().max()) + 1  # what comes later is pure noise: nothing is lost unseen
+            started = int((then < S).nonzero().max()) + 1  # later ones are pure noise: no use
             live = slice(entered, started)
             a = None if actions is None else actions[:, first + entered : first + started].to(x)
-            x[:, live], state = step(model, x[:, live], eps[:, live], now[live], then[live], sigmas, config, state,
-                                     finished - entered, a, solver)
+            x[:, live], state = step(model, x[:, live], eps[:, live], now[live], then[live],
+                                     sigmas, config, state, finished - entered, a, solver)
             entered = finished
             while shown < len(then) and then[shown] == 0:
                 yield x[:, shown].clone()
@@ -290,61 +302,65 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
 
 
 def step(model, x, eps, now, then, sigmas, config, state, commit, actions, solver):
-    """Takes frames x (B, n, C, H, W) from levels `now` to levels `then`, both (n,): -> x, state.
+    """Takes frames x (B, n, C, H, W) from levels `now` (n,) to levels `then` -> x, state.
 
-    The first `commit` frames are finished and enter the state in the same call. A frame at level 0 is shown to the
-    network with its one draw of context noise, and the label says so: what the network is told is what it is given.
+    The first `commit` frames are finished and enter the state in the same call. Finished frames
+    are shown with their one draw of context noise, and the label says so: what the network is told
+    is what it is given.
     """
-    context_noise = config.in_frame_units(config.context_noise)
-    s, s_next, moves = sigmas[now], sigmas[then], (now != then).to(x.device)
+    now, then = now.to(x.device), then.to(x.device)
+    s, s_next, moves = sigmas[now], sigmas[then], now != then  # (n,) each
+    history_sigma = config.in_frame_units(config.context_noise)
 
-    def look(x, k, state, commit, actions):
-        k = k.to(x.device)
-        seen = x + per_frame(k == 0) * context_noise * eps[:, -x.shape[1]:]
-        label = torch.where(k == 0, context_noise, sigmas[k]).expand(len(x), -1)
-        return model(seen, label, state, actions=actions, commit=commit)
+    def look(skip, x, k, state, commit):
+        seen = x + per_frame(k == 0) * history_sigma * eps
+        label = torch.where(k == 0, history_sigma, sigmas[k]).expand(len(x), -1)
+        a = None if actions is None else actions[:, skip:]
+        return model(seen[:, skip:], label[:, skip:], state, actions=a, commit=commit)
 
-    denoised, state = look(x, now, state, commit, actions)
-    euler = denoised + per_frame(s_next / s) * (x - denoised)  # x + (s_next - s) dx/dsigma; lands on D at s_next = 0
-    x_next = torch.where(per_frame(moves), euler, x)  # a frame that keeps its level keeps its every bit
-    if solver == "heun" and (then[now != then] > 0).any():
-        new = slice(commit, None)  # the others are in the state by now
-        a = None if actions is None else actions[:, new]
-        again, _ = look(x_next[:, new], then[new], state, 0, a)
+    denoised, state = look(0, x, now, state, commit)
+    # x + (s_next - s) dx/dsigma, where dx/dsigma = (x - D) / s, written so that it ends on D at 0
+    euler = denoised + per_frame(s_next / s) * (x - denoised)
+    x_next = torch.where(per_frame(moves), euler, x)  # a level that is held holds every bit
+    corrected = moves & (then > 0)
+    if solver == "heun" and corrected.any():  # EDM, Algorithm 1: average the slopes at both ends
+        again, _ = look(commit, x_next, then, state, 0)
         again = torch.cat([denoised[:, :commit], again], 1)
         slope = ((x - denoised) / per_frame(s) + (x_next - again) / per_frame(s_next)) / 2
-        corrected = per_frame(moves & (s_next > 0))
-        x_next = torch.where(corrected, x + per_frame(s_next - s) * slope, x_next)
+        x_next = torch.where(per_frame(corrected), x + per_frame(s_next - s) * slope, x_next)
     return x_next, state
 
 
 def check_rollout(matrix, num_frames, context, config, actions, solver):
     """Raises ValueError, in one line, for what rollout cannot do."""
-    problem = None
-    if solver not in SOLVERS:
-        problem = f"solver {solver!r} is not one of {', '.join(SOLVERS)}"
-    elif (matrix[0] != matrix.max()).any() or (matrix[-1] != 0).any() or (matrix.diff(dim=0) > 0).any():
-        problem = "the first row of a scheduling matrix is S, the last 0, and no level rises on the way"
-    elif config.causal and (matrix.diff(dim=1) < 0).any():
-        problem = "a causal model cannot use a frame that is cleaner than the frames before it: levels in a row may " \
-                  "not decrease"
-    elif context is not None and tuple(context.shape[2:]) != (config.channels, config.height, config.width):
-        problem = f"context of shape {tuple(context.shape)}; (B, T, {config.channels}, {config.height}, " \
-                  f"{config.width}) is needed"
-    elif num_frames < (1 if context is None else context.shape[1]):
-        problem = f"num_frames is {num_frames}; it counts the context and is at least 1"
-    elif actions is not None and actions.shape[1] < num_frames:
-        problem = f"{actions.shape[1]} actions for {num_frames} frames"
-    if problem:
-        raise ValueError(problem)
+    size = (config.channels, config.height, config.width)
+    given = 0 if context is None else context.shape[1]
+    for wrong, message in (
+        (solver not in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed"),
+        ((matrix[0] != matrix.max()).any() or (matrix[-1] != 0).any()
+         or (matrix.diff(dim=0) > 0).any(),
+         "a scheduling matrix starts with a row of S, ends with a row of 0, and never rises"),
+        (config.causal and (matrix.diff(dim=1) < 0).any(),
+         "levels may not decrease along a row: a causal model never uses a frame that is cleaner "
+         "than those before it"),
+        (context is not None and tuple(context.shape[2:]) != size,
+         f"context frames are {tuple(context.shape[2:]) if given else ()}; {size} is needed"),
+        (num_frames < max(given, 1), f"num_frames is {num_frames}; it counts the {given} frames "
+         "of context and is at least 1"),
+        (actions is not None and actions.shape[1] < num_frames,
+         f"{num_frames} frames need as many rows of actions"),
+    ):
+        if wrong:
+            raise ValueError(message)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The denoiser: a small 2-D U-Net over frames, with a temporal mixer in every block, the only place where frames meet.
+# -------------------------------------------------------------------------------------------------
+# 7. The denoiser: a small 2-D U-Net over frames. Every block ends with a temporal mixer, the only
+#    place where frames meet.
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma): x (B, T, C, H, W) noisy frames, sigma (B, T) -> their denoised versions, and the next state."""
+    """D(x; sigma): noisy frames and their levels -> denoised frames, and the next state."""
 
     def __init__(self, config):
         super().__init__()
@@ -352,51 +368,56 @@ class Denoiser(nn.Module):
         dims = [config.dim * m for m in config.dim_mults]
         pixels = config.channels * config.patch**2
         width = 4 * config.dim  # of the embedding that tells every block about its frame
-        self.register_buffer("data_mean", torch.tensor(config.data_mean)[:, None, None], persistent=False)
+        mean = torch.tensor(config.data_mean)[:, None, None]
+        self.register_buffer("data_mean", mean, persistent=False)
         self.embed_noise = NoiseEmbedding(width)
         self.embed_action = nn.Linear(config.action_dim, width) if config.action_dim else None
         self.stem = nn.Conv2d(pixels, dims[0], 3, padding=1)
         self.encoder = nn.ModuleList(Block(d, d, width, config) for d in dims)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(dims, dims[1:]))
-        self.middle = Block(dims[-1], dims[-1], width, config, spatial=True)
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in zip(dims, dims[1:]))
+        pairs = list(zip(dims, dims[1:]))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairs)
+        self.middle = Block(dims[-1], dims[-1], width, config, spatial_attention=True)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairs)
         self.decoder = nn.ModuleList(Block(2 * d, d, width, config) for d in dims)
-        self.head = nn.Sequential(nn.GroupNorm(8, dims[0]), nn.SiLU(), zero(nn.Conv2d(dims[0], pixels, 3, padding=1)))
-        self.to(memory_format=torch.channels_last)  # convolutions are about twice as fast
+        self.head = nn.Sequential(nn.GroupNorm(8, dims[0]), nn.SiLU(),
+                                  zero(nn.Conv2d(dims[0], pixels, 3, padding=1)))
+        self.to(memory_format=torch.channels_last)  # about twice as fast for convolutions
 
     def forward(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
-        """-> denoised (B, T, C, H, W), state.
+        """x (B, T, C, H, W), sigma (B, T) -> denoised (B, T, C, H, W), state.
 
-        state    what the last call returned: the frames before x[:, 0]. None = there are none.
-        commit   the state moves on by the first `commit` frames of this call. None = by all; 0 = it comes back as is.
-        actions  (B, T, A), or None: all zeros.
-        history  (x_clean (B, T, C, H, W), sigma_clean (B, T)): teacher forcing. Frame t then sees, apart from itself,
-                 only the clean frames before t; all T predictions in one pass. Without state, causal only.
+        state    what the last call returned, for the frames before x[:, 0]; None: there are none
+        commit   the state moves on by the first `commit` frames of this call; None: by all of
+                 them; 0: it comes back as it was
+        actions  (B, T, A); None: zeros
+        history  (x_clean (B, T, C, H, W), sigma_clean (B, T)), for teacher forcing: frame t sees
+                 itself and the clean frames before t. All T predictions in one pass.
         """
         T = x.shape[1]
         if history is not None:
             if state is not None or not self.config.causal:
-                raise ValueError("history is for a causal denoiser that starts without a state")
-            x, sigma = torch.cat([history[0], x], 1), torch.cat([history[1], sigma], 1)  # (B, 2T, ...): two streams
+                raise ValueError("history needs a causal denoiser that starts without a state")
+            x, sigma = torch.cat([history[0], x], 1), torch.cat([history[1], sigma], 1)  # 2T frames
             actions = None if actions is None else torch.cat([actions, actions], 1)
-        c_skip, c_out, c_in, c_noise = edm_scalings(sigma, self.config.sigma_data)
+        c_skip, c_out, c_in, c_noise = map(per_frame, edm_scalings(sigma, self.config.sigma_data))
         centred = x - self.data_mean
-        out, new_state = self.network(per_frame(c_in) * centred, c_noise, state, actions, commit, history is not None)
-        denoised = self.data_mean + per_frame(c_skip) * centred + per_frame(c_out) * out
+        out, new_state = self.network(c_in * centred, c_noise[..., 0, 0, 0], state, actions, commit,
+                                      two_streams=history is not None)
+        denoised = self.data_mean + c_skip * centred + c_out * out
         return denoised[:, -T:], state if commit == 0 else new_state
 
     def network(self, x, c_noise, state, actions, commit, two_streams):
-        """F of EDM: the U-Net. Frames go through it one by one, as a batch of B*T, but for the mixers."""
+        """F of EDM. All frames go through it as a batch of B*T; only the mixers know of time."""
         B, T = x.shape[:2]
         emb = self.embed_noise(c_noise)  # (B,T,E)
         if self.embed_action is not None:
-            emb = emb + self.embed_action(torch.zeros_like(emb[..., :1]).expand(B, T, self.config.action_dim)
-                                          if actions is None else actions)
+            none = emb.new_zeros(B, T, self.config.action_dim)
+            emb = emb + self.embed_action(none if actions is None else actions)
         emb = F.silu(emb).flatten(0, 1)  # (BT,E)
-        old, new = list(state or []), []
+        old, new = state, []
 
         def run(block, h):
-            h, block_state = block(h, emb, B, old[len(new)] if old else None, commit, two_streams)
+            h, block_state = block(h, emb, B, old and old[len(new)], commit, two_streams)
             new.append(block_state)
             return h
 
@@ -407,46 +428,49 @@ class Denoiser(nn.Module):
             h = run(block, self.down[level - 1](h) if level else h)
             skips.append(h)
         h = run(self.middle, h)
-        for level, block in reversed(list(enumerate(self.decoder))):
-            h = run(block, torch.cat([h, skips[level]], 1))
+        for level in reversed(range(len(skips))):
+            h = run(self.decoder[level], torch.cat([h, skips[level]], 1))
             h = self.up[level - 1](h) if level else h
         h = F.pixel_shuffle(self.head(h), self.config.patch)  # (BT,C,H,W)
-        return h.unflatten(0, (B, T)).to(x.dtype), tuple(new)
+        return h.unflatten(0, (B, T)), tuple(new)
 
 
 class Block(nn.Module):
-    """Residual block in space, then (at the lowest level) attention in space, then the mixer in time."""
+    """Residual block in space, attention in space (lowest level only), then a mixer in time."""
 
-    def __init__(self, dim_in, dim_out, width, config, spatial=False):
+    def __init__(self, dim_in, dim_out, width, config, spatial_attention=False):
         super().__init__()
         self.spatial = ResBlock(dim_in, dim_out, width)
-        self.attend = SpatialAttention(dim_out, config.head_dim) if spatial else None
+        self.attend = SpatialAttention(dim_out, config.head_dim) if spatial_attention else None
         self.norm = nn.LayerNorm(dim_out)
-        self.temporal = (TemporalAttention(dim_out, config.head_dim, config.window, config.causal)
-                         if config.temporal == "attention" else TemporalGRU(dim_out))
+        if config.temporal == "attention":
+            self.mixer = TemporalAttention(dim_out, config.head_dim, config.window, config.causal)
+        else:
+            self.mixer = TemporalGRU(dim_out)
 
     def forward(self, x, emb, B, state, commit, two_streams):
         h = self.spatial(x, emb)  # (BT,C,h,w)
-        h = self.attend(h) if self.attend else h
+        if self.attend is not None:
+            h = self.attend(h)
         BT, C, height, width = h.shape
         z = h.permute(0, 2, 3, 1).reshape(B, BT // B, height * width, C)
-        z = self.norm(z).transpose(1, 2).flatten(0, 1)  # (B*hw, T, C): every location is a sequence in time
-        z, state = self.temporal(z, state, commit, two_streams)
+        z = self.norm(z).transpose(1, 2).flatten(0, 1)  # (B*hw, T, C): a sequence per location
+        z, state = self.mixer(z, state, commit, two_streams)
         z = z.unflatten(0, (B, height * width)).transpose(1, 2)  # (B,T,hw,C)
         return h + z.reshape(BT, height, width, C).permute(0, 3, 1, 2), state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Temporal mixers: x (N, T, C) -> (N, T, C) and the state after the first `commit` frames. Feeding 16 frames at once,
-#    or 5, then 1, then 10 with the state handed on, gives the same numbers.
+# -------------------------------------------------------------------------------------------------
+# 8. Temporal mixers: x (N, T, C) -> (N, T, C), and the state after the first `commit` frames.
+#    Feeding 16 frames at once, or 5, then 1, then 10 with the state handed on: the same numbers.
 #
-#    two_streams (teacher forcing): the first half of the frames is clean, the second the same frames, noisy. Clean
-#    frames see clean frames up to themselves; a noisy frame sees the clean frames before it, and itself.
+#    two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A clean frame
+#    sees the clean frames up to itself; a noisy one sees the clean frames before it, and itself.
 
 
 class TemporalAttention(nn.Module):
-    """Banded causal attention along time: a frame sees the last `window` frames, itself included.
-    State: keys (before rotation) and values of the last window - 1 frames, each (N, heads, <= window - 1, head_dim)."""
+    """Banded causal attention: a frame sees the last `window` frames, itself included. State: keys
+    (before rotation) and values of the last window - 1 frames, (N, heads, window - 1, d) each."""
 
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
@@ -456,42 +480,41 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x, state=None, commit=None, two_streams=False):
         N, T, C = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)  # (N,heads,T,d)
-        new_state = self.next_state(state, k, v, T if commit is None else commit)
+        qkv = self.qkv(x).view(N, T, 3, C // self.head_dim, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N,heads,T,d) each
         if state is not None:
             k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        position = torch.arange(k.shape[2], device=x.device)  # counted from the oldest cached key: never grows
+        new_state = state
+        if commit != 0 and self.window > 1:
+            end = k.shape[2] - T + (T if commit is None else commit)
+            keep = slice(max(0, end - self.window + 1), end)
+            new_state = k[:, :, keep].clone(), v[:, :, keep].clone()  # a view would keep it all
+        position = torch.arange(k.shape[2], device=x.device)  # from the oldest key: never grows
         if two_streams:
             position = position % (T // 2)
         mask = self.mask(position[-T:], position, two_streams)
         q, k = rotary(q, position[-T:]), rotary(k, position)
         # CUDA's attention kernels put the batch on a grid axis that ends at 65,535.
-        parts = [F.scaled_dot_product_attention(*qkv, attn_mask=mask) for qkv in
-                 zip(q.split(65535), k.split(65535), v.split(65535))]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = zip(q.split(65535), k.split(65535), v.split(65535))
+        y = [F.scaled_dot_product_attention(*part, attn_mask=mask) for part in parts]
+        y = y[0] if len(y) == 1 else torch.cat(y)
         return self.out(y.transpose(1, 2).reshape(N, T, C)), new_state
 
-    def next_state(self, state, k, v, commit):
-        if commit == 0 or self.window == 1:
-            return state
-        k, v = k[:, :, :commit], v[:, :, :commit]
-        if state is not None:
-            k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        return tuple(z[:, :, 1 - self.window :].clone() for z in (k, v))  # cloned: a view would keep all of it alive
-
     def mask(self, query, key, two_streams):
-        """-> bool (queries, keys), True = sees."""
-        ago = query[:, None] - key[None, :]
+        """Positions of queries and keys -> bool (queries, keys), True = sees."""
+        ago = query[:, None] - key
         band = (ago < self.window) & (ago >= 0 if self.causal else ago > -self.window)
         if two_streams:
             T = len(query) // 2
             sees, same = band[:T, :T], ago[:T, :T] == 0
-            band = torch.cat([torch.cat([sees, torch.zeros_like(sees)], 1), torch.cat([sees & ~same, same], 1)])
+            clean = torch.cat([sees, torch.zeros_like(sees)], 1)
+            noisy = torch.cat([sees & ~same, same], 1)
+            band = torch.cat([clean, noisy])
         return band
 
 
 class TemporalGRU(nn.Module):
-    """The paper's recurrent model, at every location. State: the hidden state (N, C) after the last frame."""
+    """The paper's recurrent model, at every location. State: the hidden state, (N, C)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -504,17 +527,17 @@ class TemporalGRU(nn.Module):
         if two_streams:
             clean, noisy = x.chunk(2, 1)  # (N,T/2,C) each
             scanned, _ = self.gru(clean, start[None])
-            before = torch.cat([start[:, None], scanned[:, :-1]], 1)  # the state that each frame finds
+            before = torch.cat([start[:, None], scanned[:, :-1]], 1)  # what each frame finds
             stepped, _ = self.gru(noisy.reshape(-1, 1, C), before.reshape(1, -1, C))
             hidden = torch.cat([scanned, stepped.view(N, T // 2, C)], 1)
         else:
             hidden, _ = self.gru(x, start[None])  # (N,T,C)
-        commit = T if commit is None else commit
-        return self.out(hidden), state if commit == 0 else hidden[:, commit - 1].clone()
+        new_state = state if commit == 0 else hidden[:, (commit or T) - 1].clone()
+        return self.out(hidden), new_state
 
 
 def rotary(x, position):
-    """Rotary position embedding (arXiv 2104.09864): x (N, heads, T, d), position (T,) -> rotated x."""
+    """Rotary position embedding (arXiv 2104.09864): x (N, heads, T, d), position (T,) -> x."""
     half = x.shape[-1] // 2
     frequency = 1000.0 ** -(torch.arange(half, device=x.device) / half)
     angle = position[:, None] * frequency  # (T,d/2)
@@ -523,12 +546,12 @@ def rotary(x, position):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Spatial blocks: each frame by itself, x (BT, C, h, w).
+# -------------------------------------------------------------------------------------------------
+# 9. Spatial blocks: every frame by itself, x (BT, C, h, w).
 
 
 class ResBlock(nn.Module):
-    """Two convolutions; scale and shift between them tell the frame's noise level and action."""
+    """Two convolutions; the scale and shift between them tell of noise level and action."""
 
     def __init__(self, dim_in, dim_out, width):
         super().__init__()
@@ -557,22 +580,25 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x):
         BT, C, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(BT, 3, C // self.head_dim, self.head_dim, h * w).transpose(3, 4).unbind(1)
-        y = F.scaled_dot_product_attention(q, k, v)  # (BT,heads,hw,d)
+        qkv = self.qkv(self.norm(x)).reshape(BT, 3, C // self.head_dim, self.head_dim, h * w)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # (BT,heads,hw,d) each
+        y = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(y.transpose(2, 3).reshape(BT, C, h, w))
 
 
 class NoiseEmbedding(nn.Module):
-    """c_noise (B, T) -> (B, T, width): sines and cosines, then a small network."""
+    """c_noise (B, T) -> (B, T, width): sines and cosines of it, then two layers."""
 
     def __init__(self, width):
         super().__init__()
-        self.register_buffer("frequency", torch.logspace(-0.5, 1.5, width // 4), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(width // 2, width), nn.SiLU(), nn.Linear(width, width))
+        frequency = torch.logspace(-0.5, 1.5, width // 4)
+        self.register_buffer("frequency", frequency, persistent=False)
+        first, second = nn.Linear(width // 2, width), nn.Linear(width, width)
+        self.layers = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, c_noise):
         angle = c_noise[..., None] * self.frequency
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
+        return self.layers(torch.cat([angle.cos(), angle.sin()], -1))
 
 
 def zero(layer):
@@ -582,12 +608,12 @@ def zero(layer):
     return layer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. Checkpoints. Written aside and renamed: whatever happens, the file at `path` is a whole one.
+# -------------------------------------------------------------------------------------------------
+# 10. Checkpoints: written aside, then renamed. Whatever happens, the file at `path` is a whole one.
 
 
 def save_checkpoint(path, config, weights, **extra):
-    """Writes config, weights (a state dict) and anything else torch.load(weights_only=True) can read back."""
+    """Writes config, weights (a state dict) and any extra tensors, numbers, strings and dicts."""
     aside = f"{path}.{os.getpid()}.tmp"
     try:
         torch.save({"config": asdict(config), "weights": weights, **extra}, aside)
@@ -598,8 +624,8 @@ def save_checkpoint(path, config, weights, **extra):
 
 
 def load_checkpoint(path, device="cpu"):
-    """-> Denoiser in eval mode on `device`, and the dict of everything else in the file. Executes nothing from the
-    file. Raises FileNotFoundError, or ValueError if the file is not a checkpoint of this program."""
+    """-> the Denoiser in eval mode, and a dict of all else in the file. Executes nothing from the
+    file. Raises FileNotFoundError, or ValueError for a file that is not such a checkpoint."""
     try:
         extra = torch.load(path, map_location=device, weights_only=True)
         config = extra.pop("config")
@@ -607,7 +633,7 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(extra.pop("weights"))
     except FileNotFoundError:
         raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is not a checkpoint of diffusion_forcing.py ({type(error).__name__}: {reason})") from error
+    except Exception as error:  # whatever a foreign or damaged file provokes
+        kind = type(error).__name__
+        raise ValueError(f"{path} is damaged or not from diffusion_forcing.py ({kind})") from error
     return model.to(device).eval(), extra

@@ -97,7 +97,7 @@ class Clips:
                 clip = cached_clip(file, size, cache)
                 if len(clip) < self.need:
                     raise ValueError(f"{file}: {len(clip)} frames; {self.need} are needed (--clip-frames, --stride)")
-                side = sample.actions_of(file)
+                side = file.with_suffix(".actions.npy")
                 actions = sample.read_actions(side, stride) if side.exists() else None
                 if actions is not None and len(actions) < len(clip):
                     raise ValueError(f"{side}: {len(actions)} rows for {len(clip)} frames")

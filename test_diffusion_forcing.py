@@ -1,0 +1,816 @@
+"""The specification of diffusion_forcing.py, in the order of its sections. `pytest -m schedule` grades one of them.
+
+Every test compares with something independent: a closed form, a slow loop, or a spy that records what it was given.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffusion_forcing as df
+import sample
+import train
+from diffusion_forcing import Config, Denoiser, TemporalAttention, TemporalGRU
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+KINDS = [("autoregressive", 0), ("pyramid", 1), ("pyramid", 2.5), ("pyramid", 0.4), ("full_sequence", 0)]
+MIXERS = ["attention", "gru"]
+
+
+def tiny(**options):
+    """A Config small enough to test with. sigma_data is not 0.5, so that forgotten units show."""
+    defaults = dict(height=8, width=8, channels=3, dim=8, dim_mults=(1, 2), head_dim=8, window=3, clip_frames=4,
+                    sigma_data=0.3, data_mean=(-0.8, 0.1, 0.4))
+    return Config(**(defaults | options))
+
+
+def random_denoiser(**options):
+    """A Denoiser without zero layers: those would hide everything behind them."""
+    torch.manual_seed(0)
+    model = Denoiser(tiny(**options))
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+class Spy:
+    """Looks like a denoiser: returns `answer(x, sigma)` and records every call. Its state is a list of frames."""
+
+    def __init__(self, answer=lambda x, sigma: torch.zeros_like(x), **options):
+        self.config, self.answer, self.calls = tiny(**options), answer, []
+
+    def __call__(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
+        self.calls.append(dict(x=x.clone(), sigma=sigma.clone(), state=state, commit=commit, actions=actions))
+        committed = x.shape[1] if commit is None else commit
+        new = (state or 0) + committed
+        return self.answer(x, sigma), state if committed == 0 else new
+
+
+def units(config):
+    """What one unit of EDM's noise levels is in frame units."""
+    return config.sigma_data / 0.5
+
+
+# ---- 2. noise -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.noise
+def test_every_frame_has_a_level_of_its_own():
+    sigma = df.sample_noise_levels(4000, 3, tiny(), generator=torch.Generator().manual_seed(0)).log()
+    correlation = torch.corrcoef(sigma.T) - torch.eye(3)
+    assert correlation.abs().max() < 0.1, "frames of a clip share their noise: draw (B, T) levels, not (B, 1)"
+    across = torch.corrcoef(sigma[:3])  # 3 clips, few frames: only equality would show
+    assert not torch.equal(sigma[0], sigma[1]), f"clips of a batch share their levels {across}"
+
+
+@pytest.mark.noise
+def test_levels_are_log_normal_in_frame_units():
+    config = tiny(P_mean=-1.0, P_std=0.7)
+    log = df.sample_noise_levels(20000, 1, config, generator=torch.Generator().manual_seed(0)).log()
+    expected = -1.0 + math.log(units(config))
+    assert abs(log.mean() - expected) < 0.03, "E[ln sigma] = P_mean + ln(sigma_data / 0.5): units forgotten?"
+    assert abs(log.std() - 0.7) < 0.03, "the standard deviation of ln sigma is P_std"
+
+
+@pytest.mark.noise
+def test_full_sequence_has_one_level_a_clip():
+    sigma = df.sample_noise_levels(5, 4, tiny(), "full_sequence", torch.Generator().manual_seed(0))
+    assert sigma.shape == (5, 4) and (sigma == sigma[:, :1]).all(), "full_sequence: one sigma for all frames"
+    assert sigma[:, 0].unique().numel() == 5, "full_sequence: but one for every clip"
+
+
+@pytest.mark.noise
+def test_unknown_forcing_is_refused():
+    with pytest.raises(ValueError, match="nonsense"):
+        df.sample_noise_levels(1, 1, tiny(), "nonsense")
+
+
+# ---- 3. EDM ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.edm
+def test_scalings_by_hand():
+    c_skip, c_out, c_in, c_noise = (float(c) for c in df.edm_scalings(torch.tensor(0.4), 0.3))
+    assert c_skip == pytest.approx(0.09 / 0.25), "c_skip = sd^2 / (sigma^2 + sd^2)"
+    assert c_out == pytest.approx(0.12 / 0.5), "c_out = sigma sd / sqrt(sigma^2 + sd^2)"
+    assert c_in == pytest.approx(1 / 0.5), "c_in = 1 / sqrt(sigma^2 + sd^2)"
+    assert c_noise == pytest.approx(math.log(0.4 / 0.3) / 4), "c_noise = ln(sigma / sd) / 4"
+
+
+@pytest.mark.edm
+def test_network_input_and_target_have_unit_variance():
+    torch.manual_seed(0)
+    x, noise = 0.3 * torch.randn(100_000), torch.randn(100_000)
+    for sigma in (0.01, 0.3, 10.0):
+        c_skip, c_out, c_in, _ = df.edm_scalings(torch.tensor(sigma), 0.3)
+        noisy = x + sigma * noise
+        assert (c_in * noisy).std() == pytest.approx(1, abs=0.02), f"input of F at sigma {sigma}"
+        assert ((x - c_skip * noisy) / c_out).std() == pytest.approx(1, abs=0.02), f"target of F at sigma {sigma}"
+
+
+@pytest.mark.edm
+def test_weight_is_one_over_c_out_squared():
+    assert float(df.loss_weight(torch.tensor(0.4), 0.3)) == pytest.approx((0.5 / 0.12) ** 2), "lambda = 1 / c_out^2"
+
+
+@pytest.mark.edm
+def test_preconditioning_is_centred_on_the_mean_of_the_data():
+    config = tiny()
+    model, mean = Denoiser(config), torch.tensor(config.data_mean)[:, None, None]  # F = 0: only c_skip is left
+    x = mean + 0.3 * torch.randn(1, 2, 3, 8, 8)
+    denoised, _ = model(x, torch.tensor([[0.4, 0.3]]))
+    expected = torch.stack([mean + 0.36 * (x[:, 0] - mean), mean + 0.5 * (x[:, 1] - mean)], 1)
+    assert torch.allclose(denoised, expected, atol=1e-6), "D = mu + c_skip (x - mu) + c_out F: mean forgotten?"
+
+
+# ---- 4. the loss ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.loss
+@pytest.mark.parametrize("sigma", [0.003, 0.1, 1.0, 30.0])
+def test_a_network_that_says_zero_has_loss_one_at_every_level(sigma):
+    config = tiny()
+    torch.manual_seed(0)
+    x = torch.tensor(config.data_mean)[:, None, None] + config.sigma_data * torch.randn(64, 4, 3, 8, 8)
+    loss = df.diffusion_forcing_loss(Denoiser(config), x, config, sigma=torch.full((64, 4), sigma))
+    assert loss.item() == pytest.approx(1, abs=0.05), "weight missing, or in two places"
+
+
+@pytest.mark.loss
+@pytest.mark.parametrize("forcing", ["diffusion", "full_sequence"])
+def test_loss_by_hand(forcing):
+    spy = Spy(lambda x, sigma: x * 0.5)
+    x = torch.randn(3, 4, 3, 8, 8)
+    loss = df.diffusion_forcing_loss(spy, x, spy.config, forcing=forcing, generator=torch.Generator().manual_seed(1))
+    call = spy.calls[0]
+    total = 0.0
+    for b in range(3):
+        for t in range(4):
+            sd, s = 0.3, float(call["sigma"][b, t])
+            total += (s**2 + sd**2) / (s * sd) ** 2 * float(((0.5 * call["x"][b, t] - x[b, t]) ** 2).mean())
+    assert float(loss) == pytest.approx(total / 12, rel=1e-4), "the loss is the mean of lambda(sigma) |D - x0|^2"
+    z = (call["x"] - x) / call["sigma"][..., None, None, None]
+    assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.05, "frame t gets sigma[b, t] times a standard normal"
+
+
+@pytest.mark.loss
+def test_the_same_generator_gives_the_same_loss():
+    spy, x = Spy(), torch.randn(2, 4, 3, 8, 8)
+    losses = [df.diffusion_forcing_loss(spy, x, spy.config, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2], "level and noise both come from the generator, and from nothing else"
+
+
+@pytest.mark.loss
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_teacher_forcing_is_T_calls_with_the_clean_past_committed(temporal):
+    model = random_denoiser(temporal=temporal)
+    torch.manual_seed(1)
+    past, noisy = torch.randn(2, 6, 3, 8, 8), torch.randn(2, 6, 3, 8, 8)
+    past_sigma, sigma = torch.full((2, 6), 0.01), torch.rand(2, 6) + 0.1
+    together, _ = model(noisy, sigma, history=(past, past_sigma))
+    state = None
+    for t in range(6):
+        alone, _ = model(noisy[:, t : t + 1], sigma[:, t : t + 1], state, commit=0)
+        assert torch.allclose(together[:, t], alone[:, 0], atol=1e-5), f"noisy frame {t}: clean frames before it, and itself"
+        _, state = model(past[:, t : t + 1], past_sigma[:, t : t + 1], state)
+
+
+@pytest.mark.loss
+def test_history_of_teacher_forcing_carries_the_noise_it_says():
+    seen = {}
+
+    def model(x, sigma, *, actions=None, history=None):
+        seen["history"] = history
+        return x, None
+
+    config, x = tiny(context_noise=0.1), torch.zeros(16, 4, 3, 8, 8)
+    for level, options in ((0.1, {}), (0.4, dict(history_noise=0.4))):
+        df.diffusion_forcing_loss(model, x, config, forcing="teacher", **options)
+        frames, label = seen["history"]
+        assert torch.allclose(label, torch.tensor(level * units(config))), "label of the history in frame units"
+        assert float((frames - x).std() / label[0, 0]) == pytest.approx(1, abs=0.05), "what is told is what is there"
+
+
+# ---- 5. schedules ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.schedule
+def test_sigmas_by_hand():
+    config = tiny(sigma_min=0.02, sigma_max=80.0, rho=7.0)
+    sigma = df.karras_sigmas(4, config) / units(config)
+    third = ((0.02 ** (1 / 7) * 1 + 80 ** (1 / 7) * 2) / 3) ** 7
+    assert sigma[0] == 0 and len(sigma) == 5, "level 0 is no noise, level S the most: S + 1 levels"
+    assert sigma[1:].tolist() == pytest.approx([0.02, ((0.02 ** (1 / 7) * 2 + 80 ** (1 / 7)) / 3) ** 7, third, 80], rel=1e-4)
+    assert df.karras_sigmas(1, config)[1] == pytest.approx(80 * units(config)), "a single step starts at sigma_max"
+
+
+@pytest.mark.schedule
+@pytest.mark.parametrize("kind,u", KINDS)
+@pytest.mark.parametrize("T,S", [(1, 1), (1, 4), (5, 1), (4, 3), (7, 10)])
+def test_matrix_against_a_slow_loop(kind, u, T, S):
+    K = df.scheduling_matrix(kind, T, S, u)
+    levels = {"autoregressive": S, "full_sequence": 0}.get(kind, u)
+    rows, m = [], 0
+    while not rows or any(rows[-1]):
+        rows.append([min(S, max(0, S + math.floor(levels * t) - m)) for t in range(T)])
+        m += 1
+    assert K.tolist() == rows, f"{kind}: K[m, t] = clip(S + floor(u t) - m, 0, S), from all S to all 0"
+
+
+@pytest.mark.schedule
+@pytest.mark.parametrize("kind,u", KINDS)
+def test_matrix_comes_down_one_level_at_a_time(kind, u):
+    K = df.scheduling_matrix(kind, 6, 5, u)
+    assert (K[0] == 5).all(), "at first every frame is pure noise"
+    assert (K[-1] == 0).all(), "at last every frame is clean: is the trapezoid filled?"
+    assert set((K[1:] - K[:-1]).unique().tolist()) <= {0, -1}, "a step takes a frame down by one level or not at all"
+    assert (K[:, 1:] >= K[:, :-1]).all(), "no frame is cleaner than the one before it"
+
+
+@pytest.mark.schedule
+@pytest.mark.parametrize("arguments", [("none", 4, 4), ("pyramid", 0, 4), ("pyramid", 4, 0), ("pyramid", 4, 4, -1.0)])
+def test_impossible_matrices_are_refused(arguments):
+    with pytest.raises(ValueError):
+        df.scheduling_matrix(*arguments)
+
+
+# ---- 6. sampling and rollout ----------------------------------------------------------------------------------------
+
+
+def spied_rollout(kind, u, T=5, S=4, frames=None, context=0, **options):
+    spy = Spy(lambda x, sigma: 0.9 * x, **options)
+    clip = torch.randn(2, context, 3, 8, 8) if context else None
+    K = df.scheduling_matrix(kind, T, S, u)
+    out = torch.stack(list(df.rollout(spy, K, frames or T + context, clip, batch_size=2)), 1)
+    return spy, K, clip, out
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("kind,u", KINDS)
+def test_the_network_is_told_the_level_of_every_frame_in_flight_and_sees_no_other(kind, u):
+    spy, K, _, _ = spied_rollout(kind, u, context=2)
+    levels, context_noise = df.karras_sigmas(4, spy.config), spy.config.context_noise * units(spy.config)
+    calls, entered, K = iter(spy.calls), 0, torch.cat([torch.zeros(len(K), 2, dtype=torch.int64), K], 1)
+    for now, then in zip(K[:-1].tolist(), K[1:].tolist()):
+        if now == then:
+            continue
+        call, finished = next(calls), now.count(0)
+        flying = [k for k, after in zip(now, then) if k > 0 and after < 4]
+        told = [context_noise] * (finished - entered) + [float(levels[k]) for k in flying]
+        assert call["sigma"][0].tolist() == pytest.approx(told), f"row {now}: new finished frames, then those in flight"
+        assert call["commit"] == finished - entered, f"row {now}: exactly the newly finished frames enter the state"
+        assert (call["state"] or 0) == entered, f"row {now}: the state holds every finished frame once"
+        entered = finished
+    assert next(calls, None) is None, "a step in which nothing moves makes no call"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("kind,u", KINDS)
+@pytest.mark.parametrize("solver", df.SOLVERS)
+def test_a_constant_denoiser_is_landed_on_exactly(kind, u, solver):
+    x0 = torch.randn(3, 8, 8)
+    spy = Spy(lambda x, sigma: x0.expand_as(x))
+    out = df.sample(spy, df.scheduling_matrix(kind, 4, 3, u), solver=solver)
+    assert torch.equal(out, x0.expand_as(out)), "a step to sigma 0 lands on D exactly"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("solver", df.SOLVERS)
+def test_a_frame_whose_level_is_held_keeps_every_bit(solver):
+    K = torch.tensor([[3, 3], [2, 3], [1, 3], [1, 2], [1, 1], [0, 1], [0, 0]])
+    spy = Spy(lambda x, sigma: 0.9 * x)
+    df.sample(spy, K, solver=solver)
+    level_1 = df.karras_sigmas(3, spy.config)[1]
+    held = [c["x"][:, 0] for c in spy.calls if c["sigma"].shape[1] == 2 and c["sigma"][0, 0] == level_1]
+    assert len(held) >= 3, "a held frame is still shown to the frames after it"
+    assert all(torch.equal(h, held[0]) for h in held), "a held frame is copied, not stepped"
+
+
+@pytest.mark.sampler
+def test_context_carries_the_noise_it_says_drawn_once():
+    spy, x0 = Spy(lambda x, sigma: x, height=32, width=32), torch.full((4, 3, 3, 32, 32), 0.5)
+    K = df.scheduling_matrix("autoregressive", 1, 2)
+    out = torch.stack(list(df.rollout(spy, K, 5, x0)), 1)
+    told = spy.config.context_noise * units(spy.config)
+    first = spy.calls[0]
+    assert float((first["x"][:, :3] - x0).std()) == pytest.approx(told, rel=0.05), "noise on the context is what it says"
+    assert torch.equal(out[:, :3], x0), "the context comes out as it went in"
+    label = torch.cat([c["sigma"].flatten() for c in spy.calls])
+    assert label.min() >= min(told, spy.config.sigma_min * units(spy.config)) * 0.999, "sigma = 0 reached the logarithm"
+    entered = next(c for c in spy.calls[1:] if c["commit"])  # the first generated frame enters the state
+    assert float((entered["x"][:, 0] - out[:, 3]).std()) == pytest.approx(told, rel=0.05), \
+        "finished frames enter the state with context noise, as the context does"
+
+
+@pytest.mark.sampler
+def test_heun_shows_a_frame_that_just_finished_as_history_will():
+    spy = Spy(lambda x, sigma: 0.9 * x)
+    df.sample(spy, df.scheduling_matrix("pyramid", 3, 3, 1), solver="heun")
+    told = spy.config.context_noise * units(spy.config)
+    shown = [c["x"][:, 0] for c in spy.calls if abs(c["sigma"][0, 0] - told) < 1e-6]  # frame 0: in Heun's call, then committed
+    assert len(shown) >= 2 and torch.equal(shown[0], shown[1]), "one draw of context noise a frame, in every call"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("context", [0, 1, 3])
+@pytest.mark.parametrize("kind,u,tile", [("autoregressive", 0, 1), ("pyramid", 1.5, 4), ("full_sequence", 0, 3)])
+def test_no_frame_is_dropped_or_added(kind, u, tile, context):
+    for frames in range(max(context, 1), 10):
+        *_, clip, out = spied_rollout(kind, u, T=tile, S=2, frames=frames, context=context)
+        assert out.shape[1] == frames, f"{frames} frames asked for, context of {context}, tiles of {tile}"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_a_longer_rollout_begins_with_the_shorter_one_whatever_the_tile(temporal):
+    model, context = random_denoiser(temporal=temporal), torch.randn(2, 2, 3, 8, 8)
+
+    def run(tile, frames):
+        K = df.scheduling_matrix("autoregressive", tile, 3)
+        return torch.stack(list(df.rollout(model, K, frames, context, generator=torch.Generator().manual_seed(5))), 1)
+
+    long = run(1, 9)
+    assert torch.equal(long[:, :6], run(1, 6)), "noise is drawn frame by frame: num_frames must not change it"
+    for tile in (2, 4, 7):
+        assert torch.allclose(long, run(tile, 9), atol=1e-4), f"tile {tile} is the same rollout as tile 1"
+
+
+@pytest.mark.sampler
+def test_actions_go_with_their_frames():
+    spy = Spy(lambda x, sigma: x, action_dim=1)
+    actions = torch.arange(7.0).view(1, 7, 1)
+    list(df.rollout(spy, df.scheduling_matrix("pyramid", 3, 2, 1), 7, torch.zeros(1, 1, 3, 8, 8), actions=actions))
+    told = [c["actions"][0, :, 0].tolist() for c in spy.calls]
+    assert told[0][0] == 0 and told[-1][-1] == 6, "row t of the actions belongs to frame t, context included"
+    assert all(a == list(range(int(a[0]), int(a[0]) + len(a))) for a in told), "actions are in step with the frames"
+    assert all(len(a) == c["x"].shape[1] for a, c in zip(told, spy.calls)), "one row for every frame shown"
+
+
+class JointGaussian:
+    """E[x | all noisy frames] for frames of one pixel with covariance C; its state: committed frames and sigmas."""
+
+    def __init__(self, C, **options):
+        self.C, self.config = C, tiny(height=1, width=1, channels=1, patch=1, dim_mults=(1,), data_mean=(),
+                                      sigma_data=0.5, context_noise=1e-4, sigma_min=0.002, **options)
+
+    def __call__(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
+        y, s = x.flatten(2).squeeze(-1).double(), sigma.double()
+        if state is not None:
+            y, s = torch.cat([state[0], y], 1), torch.cat([state[1], s], 1)
+        n, done = y.shape[1], 0 if state is None else state[0].shape[1]
+        if self.config.causal:
+            D = torch.stack([self.mean(y[:, : i + 1], s[0, : i + 1])[:, i] for i in range(done, n)], 1)
+        else:
+            D = self.mean(y, s[0])[:, done:]
+        commit = x.shape[1] if commit is None else commit
+        return D.to(x).view_as(x), state if commit == 0 else (y[:, : done + commit], s[:, : done + commit])
+
+    def mean(self, y, s):
+        C = self.C[: len(s), : len(s)]
+        return y @ torch.linalg.solve(C + torch.diag(s**2), C)
+
+
+def ar1(T, phi=0.9):
+    i = torch.arange(T).double()
+    return 0.25 * phi ** (i[:, None] - i[None]).abs()
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("causal,kind,u", [(False, k, u) for k, u in KINDS] + [(True, "autoregressive", 0)])
+def test_exact_denoisers_give_the_true_covariance(causal, kind, u):
+    model = JointGaussian(ar1(4), causal=causal)
+    K = df.scheduling_matrix(kind, 4, 64, u)
+    x = df.sample(model, K, batch_size=8000, solver="heun", generator=torch.Generator().manual_seed(0)).flatten(1)
+    error = (torch.cov(x.T).double() - model.C).abs().max() / 0.25
+    assert error < 0.06, f"samples of {kind} have the wrong covariance (off by {error:.0%}): wrong slope, level or state"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2)])
+def test_order_of_the_solver(solver, order):
+    """One Gaussian frame: the exact solution at sigma_min is x scaled by sqrt(sd^2 + sigma^2), in closed form."""
+    errors = []
+    for S in (16, 32):
+        model = JointGaussian(ar1(1))
+        model.config.sigma_min = 0.1
+        s, seen = df.karras_sigmas(S, model.config).double(), []
+        original = model.__class__.__call__
+
+        def spy(x, sigma, *args, **options):
+            seen.append((x.double().item(), sigma.item()))
+            return original(model, x, sigma, *args, **options)
+
+        list(df.rollout(spy, df.scheduling_matrix("full_sequence", 1, S), 1, config=model.config, solver=solver,
+                        dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        start = seen[0][0]
+        end = next(x for x, sigma in reversed(seen) if abs(sigma - float(s[1])) < 1e-6)
+        exact = start * math.sqrt((0.25 + float(s[1]) ** 2) / (0.25 + float(s[S]) ** 2))
+        errors.append(abs(end - exact))
+    measured = math.log2(errors[0] / errors[1])
+    assert measured == pytest.approx(order, abs=0.35), f"{solver} is of order {measured:.2f}, not {order}"
+
+
+@pytest.mark.sampler
+def test_what_rollout_refuses():
+    spy, K = Spy(), df.scheduling_matrix("autoregressive", 2, 2)
+    for wrong, options in [
+        (K.flip(0), {}), (K.flip(1), {}), (K[:-1], {}),
+        (K, dict(num_frames=0)), (K, dict(solver="rk45")), (K, dict(actions=torch.zeros(1, 3, 1))),
+        (K, dict(context=torch.zeros(1, 2, 3, 4, 4))), (K, dict(context=torch.zeros(1, 9, 3, 8, 8))),
+    ]:
+        with pytest.raises(ValueError):
+            df.rollout(spy, wrong, **(dict(num_frames=4) | options))
+
+
+# ---- 7. the denoiser: causal, streaming -----------------------------------------------------------------------------
+
+
+@pytest.mark.causality
+@pytest.mark.parametrize("temporal", MIXERS)
+@pytest.mark.parametrize("through", ["x", "sigma"])
+def test_no_output_depends_on_a_later_frame(temporal, through):
+    model = random_denoiser(temporal=temporal)
+    x = torch.randn(2, 5, 3, 8, 8, requires_grad=True)
+    sigma = (torch.rand(2, 5) + 0.1).requires_grad_()
+    out, _ = model(x, sigma)
+    for i in range(5):
+        grad = torch.autograd.grad(out[:, i].square().sum(), {"x": x, "sigma": sigma}[through], retain_graph=True)[0]
+        grad = grad.flatten(2).abs().amax((0, 2)) if through == "x" else grad.abs().amax(0)
+        assert grad[i] > 0, f"frame {i} does not even depend on itself through {through}"
+        assert (grad[i + 1 :] == 0).all(), f"output {i} sees the future through {through}: a norm or convolution over time?"
+        if i > 0:
+            assert grad[i - 1] > 0, f"output {i} does not depend on the frame before it: nothing mixes along time"
+
+
+@pytest.mark.causality
+def test_clips_of_a_batch_do_not_meet():
+    model, x, sigma = random_denoiser(), torch.randn(3, 4, 3, 8, 8), torch.rand(3, 4) + 0.1
+    together, _ = model(x, sigma)
+    for b in range(3):
+        assert torch.allclose(together[b : b + 1], model(x[b : b + 1], sigma[b : b + 1])[0], atol=1e-5), "clips got mixed up"
+
+
+@pytest.mark.streaming
+@pytest.mark.parametrize("temporal", MIXERS)
+@pytest.mark.parametrize("chunks", [(16,), (5, 1, 10), (1,) * 16, (2, 14)])
+def test_streaming_equals_parallel_past_the_window(temporal, chunks):
+    model = random_denoiser(temporal=temporal, action_dim=2)
+    torch.manual_seed(3)
+    x, sigma, actions = torch.randn(2, 16, 3, 8, 8), torch.rand(2, 16) + 0.1, torch.randn(2, 16, 2)
+    parallel, end = model(x, sigma, actions=actions)
+    outputs, state, t = [], None, 0
+    for n in chunks:
+        out, state = model(x[:, t : t + n], sigma[:, t : t + n], state, actions=actions[:, t : t + n])
+        outputs, t = outputs + [out], t + n
+    assert torch.allclose(torch.cat(outputs, 1), parallel, atol=1e-5), f"chunks of {chunks} differ from one call"
+    for a, b in zip(flat(state), flat(end)):
+        assert torch.allclose(a, b, atol=1e-5), "the state after the chunks differs from that after one call"
+
+
+def flat(state):
+    return [t for s in state for t in (s if isinstance(s, tuple) else (s,))]
+
+
+@pytest.mark.streaming
+@pytest.mark.parametrize("temporal", MIXERS)
+@pytest.mark.parametrize("before", [0, 2, 7])
+def test_state_after_commit_is_that_of_a_clean_pass(temporal, before):
+    model = random_denoiser(temporal=temporal)
+    x, sigma = torch.randn(2, before + 5, 3, 8, 8), torch.rand(2, before + 5) + 0.1
+    state = model(x[:, :before], sigma[:, :before])[1] if before else None
+    for n in range(1, 4):
+        _, committed = model(x[:, before:], sigma[:, before:], state, commit=n)
+        _, clean = model(x[:, : before + n], sigma[:, : before + n])
+        for a, b in zip(flat(committed), flat(clean)):
+            assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5), \
+                f"commit={n}: a frame in flight is in the state, or a finished one is not"
+
+
+@pytest.mark.streaming
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_commit_zero_leaves_the_state_alone(temporal):
+    model, x, sigma = random_denoiser(temporal=temporal), torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
+    assert model(x, sigma, None, commit=0)[1] is None, "None comes back as None"
+    _, state = model(x, sigma)
+    assert model(x, sigma, state, commit=0)[1] is state, "the state comes back as it was"
+
+
+@pytest.mark.streaming
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_the_state_stops_growing(temporal):
+    model, sizes, state = random_denoiser(temporal=temporal, window=4), {}, None
+    with torch.no_grad():
+        for t in range(60):
+            _, state = model(torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1), state)
+            sizes[t] = sum(s.untyped_storage().nbytes() for s in flat(state))
+    assert sizes[59] == sizes[10], "the state grows with the length of the rollout (a view keeps its whole storage)"
+
+
+# ---- 8. temporal mixers ---------------------------------------------------------------------------------------------
+
+
+def mixer(kind, **options):
+    torch.manual_seed(0)
+    m = TemporalAttention(16, 8, **({"window": 4} | options)) if kind == "attention" else TemporalGRU(16)
+    torch.nn.init.normal_(m.out.weight, std=0.3)
+    return m
+
+
+@pytest.mark.attention
+@pytest.mark.parametrize("window", [1, 3, 20])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_band_frame_by_frame(window, causal):
+    m, x = mixer("attention", window=window, causal=causal), torch.randn(1, 9, 16, requires_grad=True)
+    out, _ = m(x)
+    for i in range(9):
+        seen = torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)[0][0].abs().amax(-1) > 0
+        expected = [i - j < window and (j <= i or not causal and j - i < window) for j in range(9)]
+        assert seen.tolist() == expected, f"frame {i} must see the last {window} frames, itself included"
+
+
+@pytest.mark.attention
+def test_two_streams_frame_by_frame():
+    m, T, window = mixer("attention", window=3), 6, 3
+    x = torch.randn(1, 2 * T, 16, requires_grad=True)
+    out, _ = m(x, two_streams=True)
+    for i in range(2 * T):
+        seen = torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)[0][0].abs().amax(-1) > 0
+        clean = [(j <= i if i < T else j < i - T) and (i % T) - j < window for j in range(T)]
+        noisy = [j + T == i for j in range(T)]
+        assert seen.tolist() == clean + noisy, f"position {i}: clean sees clean <= i, noisy i sees clean < i and itself"
+
+
+@pytest.mark.attention
+def test_rotary_depends_on_distance_alone():
+    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    score = lambda i, j: (df.rotary(q, torch.tensor([i])) * df.rotary(k, torch.tensor([j]))).sum()
+    assert torch.allclose(score(3, 1), score(9, 7), atol=1e-5), "rotary scores depend on i - j alone"
+    assert not torch.allclose(score(3, 1), score(3, 2)), "and they do depend on it"
+
+
+@pytest.mark.attention
+def test_two_thousand_frames_on_nothing_has_shifted():
+    m, x = mixer("attention"), torch.randn(1, 2004, 16)
+    with torch.no_grad():
+        state, at_once = None, m(x[:, -4:])[0][:, -1]
+        for t in range(0, 2004, 4):
+            out, state = m(x[:, t : t + 4], state)
+    assert torch.allclose(out[:, -1], at_once, atol=1e-6), "positions grow with the rollout: count from the oldest key"
+
+
+@pytest.mark.attention
+def test_batches_beyond_65535_sequences_are_split(monkeypatch):
+    sizes, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **o: sizes.append(len(q)) or real(q, *a, **o))
+    m, x = mixer("attention"), torch.randn(66_000, 1, 16)
+    out, _ = m(x)
+    assert max(sizes) <= 65_535, "CUDA's attention kernels take at most 65,535 sequences a call"
+    assert torch.allclose(out[-1:], m(x[-1:])[0], atol=1e-6), "the parts are put together in order"
+
+
+@pytest.mark.gru
+def test_gru_against_its_equations():
+    m, x = mixer("gru"), torch.randn(2, 5, 16)
+    h = torch.zeros(2, 16)
+    for t in range(5):
+        gi, gh = x[:, t] @ m.gru.weight_ih_l0.T + m.gru.bias_ih_l0, h @ m.gru.weight_hh_l0.T + m.gru.bias_hh_l0
+        r, z = (gi[:, :32] + gh[:, :32]).sigmoid().chunk(2, 1)
+        h = (1 - z) * (gi[:, 32:] + r * gh[:, 32:]).tanh() + z * h
+        assert torch.allclose(m(x)[0][:, t], m.out(h), atol=1e-5), f"frame {t} comes from the state after frame {t}"
+    assert torch.allclose(m(x)[1], h, atol=1e-5), "the state is the last hidden state"
+
+
+@pytest.mark.gru
+def test_gru_two_streams_step_from_the_state_before():
+    m, clean, noisy = mixer("gru"), torch.randn(2, 4, 16), torch.randn(2, 4, 16)
+    out, _ = m(torch.cat([clean, noisy], 1), two_streams=True)
+    state = None
+    for t in range(4):
+        assert torch.allclose(out[:, 4 + t], m(noisy[:, t : t + 1], state)[0][:, 0], atol=1e-5), "one step, clean past"
+        expected, state = m(clean[:, t : t + 1], state)
+        assert torch.allclose(out[:, t], expected[:, 0], atol=1e-5), "the clean stream never sees the noisy one"
+
+
+@pytest.mark.parametrize("wrong", [dict(height=30), dict(dim=12, head_dim=8), dict(temporal="lstm"), dict(context_noise=0.0),
+                                   dict(sigma_min=90.0), dict(causal=False, temporal="gru"), dict(data_mean=(0.0,))])
+def test_configs_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ValueError):
+        tiny(**wrong)
+
+
+# ---- 10. checkpoints ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.checkpoint
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_checkpoint_round_trip(tmp_path, temporal):
+    model, x, sigma = random_denoiser(temporal=temporal), torch.randn(1, 3, 3, 8, 8), torch.rand(1, 3) + 0.1
+    df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict(), step=7)
+    loaded, extra = df.load_checkpoint(tmp_path / "m.pt")
+    assert loaded.config == model.config and extra == {"step": 7}
+    assert torch.equal(loaded(x, sigma)[0], model(x, sigma)[0]), "weights or config got lost"
+    assert os.listdir(tmp_path) == ["m.pt"], "the file that was written aside is renamed, not left"
+
+
+@pytest.mark.checkpoint
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model, path = random_denoiser(), tmp_path / "m.pt"
+    df.save_checkpoint(path, model.config, model.state_dict(), step=1)
+
+    def full(obj, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError):
+        df.save_checkpoint(path, model.config, model.state_dict(), step=2)
+    assert df.load_checkpoint(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["m.pt"]
+
+
+@pytest.mark.checkpoint
+def test_a_checkpoint_can_execute_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"config": Evil(), "weights": {}}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt"):
+        df.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "executed").exists(), "load with weights_only=True"
+
+
+# ---- train.py and sample.py -----------------------------------------------------------------------------------------
+
+
+def run(script, *words, cwd, code=0):
+    done = subprocess.run([sys.executable, HERE / script, *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, f"{script} {words}: exit status {done.returncode}\n{done.stderr[-2000:]}"
+    assert code == 0 or "Traceback" not in done.stderr, f"a traceback for a user's mistake:\n{done.stderr}"
+    return done.stdout if code == 0 else done.stderr
+
+
+def balls(n=1, frames=8, size=16, seed=0):
+    return train.bouncing_balls(n, frames, np.random.default_rng(seed), size)
+
+
+@pytest.mark.cli
+def test_bytes_survive_the_round_trip():
+    clip = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    assert (sample.to_bytes(sample.to_frames(clip)) == clip).all(), "uint8 -> [-1, 1] -> uint8 must be exact: round"
+    assert sample.to_bytes(torch.tensor([-1.5, 1.5]).view(2, 1, 1, 1)).flatten().tolist() == [0, 255], "clamp, do not wrap"
+
+
+@pytest.mark.cli
+def test_balls_keep_their_energy_and_stay_inside():
+    clips = balls(4, 40, 32).astype(float) - np.array([12, 14, 20])
+    cover = clips @ np.linalg.pinv(np.array([[230, 70, 0], [0, 110, 225]]))  # (N,T,H,W,ball)
+    area = cover.sum((2, 3)) / (np.pi * 3.5**2)
+    assert abs(area - 1).max() < 0.05, "both balls are whole in every frame"
+    centre = np.stack([(cover * axis[..., None]).sum((2, 3)) for axis in np.meshgrid(*[np.arange(32) + 0.5] * 2)], -1)
+    speed = np.linalg.norm(np.diff(centre / cover.sum((2, 3))[..., None], axis=1), axis=-1)
+    assert speed.max() < 1.5 * 2**0.5 + 0.1 and np.median(speed) > 0.5, "0.6 to 1.5 pixels a frame, shared in collisions"
+
+
+@pytest.mark.cli
+def test_batches_and_noise_depend_on_seed_step_and_rank_alone():
+    data = train.Balls(4, 16)
+    a, b = train.draw(data, 1, 5, 2), train.draw(data, 1, 5, 2)
+    assert a[0] == b[0] and (a[1] == b[1]).all(), "the same (seed, step, rank) gives the same batch"
+    levels = lambda seed: df.sample_noise_levels(2000, 2, tiny(), generator=torch.Generator().manual_seed(seed)).log()
+    for other in (train.draw(data, 2, 5, 2), train.draw(data, 1, 6, 2), train.draw(data, 1, 5, 2, rank=1)):
+        assert (a[1] != other[1]).any(), "another seed, step or rank gives another batch"
+        both = torch.corrcoef(torch.stack([levels(a[0]).flatten(), levels(other[0]).flatten()]))
+        assert abs(both[0, 1]) < 0.1, "and other noise"
+
+
+@pytest.mark.cli
+def test_learning_rate_warms_up_from_step_zero():
+    s = type("S", (), dict(lr=1.0, warmup=100))
+    rates = [train.learning_rate(i, i / 1000, s) for i in (0, 49, 99, 400)]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0]), "step 0 is small but not zero; full after `warmup` steps"
+    assert train.learning_rate(999, 0.999, s) < 0.01, "it ends near zero"
+
+
+def train_here(monkeypatch, folder, *words, interrupt_at=None):
+    """train.main() in this process, with a rollout short enough for tests; optionally Ctrl-C after some step."""
+    real_step, real_preview = train.train_step, train.preview
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def step(run, *args):
+        loss = real_step(run, *args)
+        if run.step == interrupt_at:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as m:
+        m.chdir(folder)
+        m.setattr(train, "train_step", step)
+        m.setattr(train, "preview", lambda path, model, data, frames, device: real_preview(path, model, data, 5, device))
+        m.setattr(sys, "argv", ["train.py", *"--size 16 --clip-frames 4 --batch 2 --device cpu".split(), *words])
+        try:
+            train.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@pytest.mark.cli
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    train_here(monkeypatch, tmp_path / "whole", "--steps", "8")
+    with pytest.raises(SystemExit, match="--resume"):
+        train_here(monkeypatch, tmp_path / "broken", "--steps", "8", interrupt_at=4)
+    train_here(monkeypatch, tmp_path / "broken", "--resume")
+    for file in ("model.pt", "model.resume.pt"):
+        a, b = (torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "broken"))
+        for key in ("weights", "ema"):
+            for weight in a.get(key, {}):
+                assert torch.equal(a[key][weight], b[key][weight]), f"{file}: {weight} differs after Ctrl-C and --resume"
+        assert a["step"] == b["step"] == 8
+
+
+@pytest.mark.cli
+def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
+    """Every kind of clip, one kind of mistake for each flag, and what the two scripts write."""
+    clips = tmp_path / "clips"
+    (clips / "deep" / "images").mkdir(parents=True)
+    for name in ("a.mp4", "b.gif", "deep/c.webm", "d.npy", "short.npy"):
+        writer = sample.VideoWriter(clips / name, 2 if "short" in name else 8, 24, 24)
+        for frame in balls(1, 2 if "short" in name else 8, 24)[0]:
+            writer.write(frame)
+        writer.close()
+    for i, frame in enumerate(balls(1, 11, 20)[0]):
+        sample.imageio_ffmpeg.write_frames  # images are written by ffmpeg, too
+        subprocess.run([sample.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s",
+                        "20x20", "-i", "-", clips / "deep" / "images" / f"frame{i}.png"], input=frame.tobytes(), check=True)
+    (clips / "notes.mp4").write_text("not a video")
+    np.save(clips / "a.actions.npy", np.ones((8, 2), np.float32))
+    flags = "--data clips --steps 3 --size 16 --clip-frames 4 --batch 2 --cache cache --device cpu".split()
+    out = run("train.py", *flags, cwd=tmp_path)
+    assert "5 clips, 43 frames, 2 actions" in out and "short.npy" in out and "notes.mp4" in out, out
+    assert {"model.pt", "model.resume.pt", "model.csv", "model.rollout.mp4"} <= set(os.listdir(tmp_path))
+    for suffix in (".mp4", ".gif", ".webm", ".npy"):
+        run("sample.py", "--frames", 7, "--context", clips / "a.mp4", "--context-frames", 2, "--steps", 2, "--scale", 1,
+            "--out", f"out{suffix}", "--device", "cpu", cwd=tmp_path)
+        assert sample.read_clip(tmp_path / f"out{suffix}", 16, 16).shape == (7, 16, 16, 3), f"{suffix}: frames got lost"
+    assert "--resume" in run("train.py", *flags, cwd=tmp_path, code=2), "a finished model.pt is not overwritten"
+
+
+@pytest.mark.cli
+def test_images_are_ordered_by_number(tmp_path):
+    for i in range(12):
+        frame = np.full((4, 4, 3), 20 * i, np.uint8)
+        subprocess.run([sample.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s",
+                        "4x4", "-i", "-", tmp_path / f"frame{i}.png"], input=frame.tobytes(), check=True)
+    assert sample.read_clip(tmp_path, 4, 4)[:, 0, 0, 0].tolist() == [20 * i for i in range(12)], "frame2 before frame10"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("suffix", [".gif", ".npy"])
+def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
+    df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
+    run("sample.py", "--frames", 3, "--batch", 2, "--steps", 2, "--schedule", "pyramid", "--tile", 2, "--out", f"o{suffix}",
+        "--device", "cpu", cwd=tmp_path)
+    assert {f"o_0{suffix}", f"o_1{suffix}"} <= set(os.listdir(tmp_path))
+    if suffix == ".npy":
+        a, b = (np.load(tmp_path / f"o_{i}.npy") for i in (0, 1))
+        assert a.shape == b.shape == (3, 8, 8, 3) and (a != b).any(), "each rollout has noise of its own"
+
+
+@pytest.mark.cli
+def test_the_table_that_readers_ask_about(tmp_path):
+    out = run("sample.py", *"--show-schedule --context-frames 2 --frames 4 --steps 10".split(), cwd=tmp_path)
+    expected = [f"0 0 {k}" for k in range(10, -1, -1)] + [f"0 0 0 {k}" for k in range(10, -1, -1)]
+    assert out.splitlines() == expected, "rows of the autoregressive matrix, zeros in front for what is done"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("script,words", [
+    ("sample.py", "--ckpt none.pt"), ("sample.py", "--frames 0"), ("sample.py", "--out a.xyz"),
+    ("sample.py", "--out none/a.mp4"), ("sample.py", "--ckpt junk.pt"), ("sample.py", "--schedule none"),
+    ("sample.py", "--ckpt ok.pt --context none.mp4"), ("sample.py", "--ckpt ok.pt --context short.npy"),
+    ("sample.py", "--ckpt ok.pt --schedule pyramid --uncertainty -1"),
+    ("train.py", "--data none"), ("train.py", "--data empty"), ("train.py", "--size 15"), ("train.py", "--resume"),
+    ("train.py", "--out none/model.pt"), ("train.py", "--batch 0"),
+])
+def test_a_users_mistake_is_one_line_and_status_two(tmp_path, script, words):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    df.save_checkpoint(tmp_path / "ok.pt", tiny(), random_denoiser().state_dict())
+    before = set(os.listdir(tmp_path))
+    error = run(script, *words.split(), *(["--device", "cpu"]), cwd=tmp_path, code=2)
+    assert "error:" in error.strip().split("\n")[-1], f"the last line says what is wrong:\n{error}"
+    assert set(os.listdir(tmp_path)) == before, "nothing is written before the mistake is found"
