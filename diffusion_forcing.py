@@ -475,7 +475,7 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
         self.head_dim, self.window, self.causal = head_dim, window, causal
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim)  # its bias lets a head look n frames back, whatever is there
         self.out = zero(nn.Linear(dim, dim))
 
     def forward(self, x, state=None, commit=None, two_streams=False):
@@ -539,7 +539,7 @@ class TemporalGRU(nn.Module):
 def rotary(x, position):
     """Rotary position embedding (arXiv 2104.09864): x (N, heads, T, d), position (T,) -> x."""
     half = x.shape[-1] // 2
-    frequency = 1000.0 ** -(torch.arange(half, device=x.device) / half)
+    frequency = math.pi / 2 * 1000.0 ** -(torch.arange(half, device=x.device) / half)
     angle = position[:, None] * frequency  # (T,d/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
