@@ -72,6 +72,7 @@ class Config:
 
     sigma_data: float = 0.5          # standard deviation of the training frames, measured
     data_mean: tuple = ()            # their mean, a number a channel, measured; () = zeros
+    action_scale: tuple = ()         # root mean square of each action, measured; () = ones
     P_mean: float = -0.6             # training noise: ln sigma ~ Normal(P_mean, P_std^2)
     P_std: float = 1.6
     sigma_min: float = 0.02          # sampling noise: from sigma_max to sigma_min, then 0
@@ -82,6 +83,7 @@ class Config:
     def __post_init__(self):
         self.dim_mults = tuple(self.dim_mults)
         self.data_mean = tuple(float(m) for m in self.data_mean) or (0.0,) * self.channels
+        self.action_scale = tuple(float(a) for a in self.action_scale) or (1.0,) * self.action_dim
         for name in ("height", "width", "channels", "clip_frames", "window", "patch", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -98,6 +100,8 @@ class Config:
              f"channels {dims}: multiples of 8 and of head_dim {self.head_dim} are needed"),
             (len(self.data_mean) == self.channels,
              f"data_mean has {len(self.data_mean)} numbers for {self.channels} channels"),
+            (len(self.action_scale) == self.action_dim and all(a > 0 for a in self.action_scale),
+             f"action_scale {self.action_scale}: {self.action_dim} positive numbers are needed"),
             (self.sigma_data > 0, f"sigma_data is {self.sigma_data}; it must be positive"),
             (self.context_noise > 0,
              f"context_noise is {self.context_noise}; it must be positive: labels are logarithms"),
@@ -308,6 +312,7 @@ def step(model, x, eps, now, then, sigmas, config, state, commit, actions, solve
     are shown with their one draw of context noise, and the label says so: what the network is told
     is what it is given.
     """
+    correct = solver == "heun" and bool(((now != then) & (then > 0)).any())
     now, then = now.to(x.device), then.to(x.device)
     s, s_next, moves = sigmas[now], sigmas[then], now != then  # (n,) each
     history_sigma = config.in_frame_units(config.context_noise)
@@ -322,12 +327,12 @@ def step(model, x, eps, now, then, sigmas, config, state, commit, actions, solve
     # x + (s_next - s) dx/dsigma, where dx/dsigma = (x - D) / s, written so that it ends on D at 0
     euler = denoised + per_frame(s_next / s) * (x - denoised)
     x_next = torch.where(per_frame(moves), euler, x)  # a level that is held holds every bit
-    corrected = moves & (then > 0)
-    if solver == "heun" and corrected.any():  # EDM, Algorithm 1: average the slopes at both ends
+    if correct:  # Heun (EDM, Algorithm 1): the mean of the slopes at both ends
         again, _ = look(commit, x_next, then, state, 0)
         again = torch.cat([denoised[:, :commit], again], 1)
         slope = ((x - denoised) / per_frame(s) + (x_next - again) / per_frame(s_next)) / 2
-        x_next = torch.where(per_frame(corrected), x + per_frame(s_next - s) * slope, x_next)
+        heun = x + per_frame(s_next - s) * slope
+        x_next = torch.where(per_frame(moves & (then > 0)), heun, x_next)
     return x_next, state
 
 
@@ -370,6 +375,8 @@ class Denoiser(nn.Module):
         width = 4 * config.dim  # of the embedding that tells every block about its frame
         mean = torch.tensor(config.data_mean)[:, None, None]
         self.register_buffer("data_mean", mean, persistent=False)
+        scale = torch.tensor(config.action_scale)
+        self.register_buffer("action_scale", scale, persistent=False)
         self.embed_noise = NoiseEmbedding(width)
         self.embed_action = nn.Linear(config.action_dim, width) if config.action_dim else None
         self.stem = nn.Conv2d(pixels, dims[0], 3, padding=1)
@@ -412,7 +419,7 @@ class Denoiser(nn.Module):
         emb = self.embed_noise(c_noise)  # (B,T,E)
         if self.embed_action is not None:
             none = emb.new_zeros(B, T, self.config.action_dim)
-            emb = emb + self.embed_action(none if actions is None else actions)
+            emb = emb + self.embed_action(none if actions is None else actions / self.action_scale)
         emb = F.silu(emb).flatten(0, 1)  # (BT,E)
         old, new = state, []
 
@@ -475,7 +482,7 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
         self.head_dim, self.window, self.causal = head_dim, window, causal
-        self.qkv = nn.Linear(dim, 3 * dim)  # its bias lets a head look n frames back, whatever is there
+        self.qkv = nn.Linear(dim, 3 * dim)  # the bias lets a head look n frames back in any clip
         self.out = zero(nn.Linear(dim, dim))
 
     def forward(self, x, state=None, commit=None, two_streams=False):

@@ -133,6 +133,14 @@ def test_preconditioning_is_centred_on_the_mean_of_the_data():
     assert torch.allclose(denoised, expected, atol=1e-6), "D = mu + c_skip (x - mu) + c_out F: mean forgotten?"
 
 
+@pytest.mark.edm
+def test_actions_are_measured_in_units_of_their_size():
+    plain, scaled = random_denoiser(action_dim=2), random_denoiser(action_dim=2, action_scale=(20.0, 0.5))
+    x, sigma, actions = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2), torch.randn(1, 2, 2)
+    same = scaled(x, sigma, actions=actions * torch.tensor([20.0, 0.5]))[0]
+    assert torch.allclose(plain(x, sigma, actions=actions)[0], same, atol=1e-5), "actions / action_scale"
+
+
 # ---- 4. the loss ----------------------------------------------------------------------------------------------------
 
 

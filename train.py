@@ -170,10 +170,14 @@ def draw(data, seed, step, batch, rank=0):
 
 
 def measure(data, seed):
-    """-> mean of each channel and standard deviation around it, in frame units, of 256 clips."""
-    x = to_frames(data.batch(np.random.default_rng((seed, 2**32)), 256)[0])  # (N,T,C,H,W)
+    """-> what Config wants to know of the data, from 256 clips: the mean of each channel, the
+    standard deviation around it, the size of each action."""
+    clips, actions = data.batch(np.random.default_rng((seed, 2**32)), 256)
+    x = to_frames(clips)  # (N,T,C,H,W)
     mean = x.mean((0, 1, 3, 4))
-    return tuple(mean.tolist()), (x - mean[:, None, None]).std().item()
+    size = () if actions is None else np.sqrt((actions**2).mean((0, 1)))
+    return dict(data_mean=tuple(mean.tolist()), sigma_data=(x - mean[:, None, None]).std().item(),
+                action_scale=tuple(float(a) or 1.0 for a in size))
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -243,11 +247,10 @@ def build(s, data, resume):
         run.model, saved = load_checkpoint(resume, s.device)
         run.step, run.elapsed = saved["step"], saved["elapsed"]
     else:
-        mean, std = measure(data, s.seed)
         try:
             config = Config(height=s.size, width=s.size, action_dim=data.action_dim, dim=s.dim,
                             clip_frames=s.clip_frames, temporal=s.temporal, window=s.window,
-                            dim_mults=s.dim_mults, sigma_data=std, data_mean=mean)
+                            dim_mults=s.dim_mults, **measure(data, s.seed))
         except ValueError as error:
             fail(error)
         run.model = Denoiser(config).to(s.device)
