@@ -17,6 +17,7 @@ Noise levels of three training clips, and three matrices to sample with (S = 4 s
                                        1 4 4 4           1 3 4 4           1 1 1 1       |
                                        0 4 4 4           0 2 4 4           0 0 0 0       v
                                        0 3 4 4           0 1 3 4
+                                         ...               ...
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -28,8 +29,10 @@ Glossary
   K  (M+1, T)     scheduling matrix: K[m, t] is the level of frame t before step m
   state           what the network keeps of finished frames: keys and values, or a hidden state
 
-Departures from the paper: EDM's noise levels, preconditioning and weighting (Karras et al., arXiv
-2206.00364) in place of a discrete DDPM schedule; attention with a cache beside the paper's GRU.
+Departures from the paper: EDM's noise levels, preconditioning, weighting and deterministic steps
+(Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; attention with a cache as a second
+choice beside a GRU, which here runs at every location of the U-Net (the paper: a convolutional
+GRU); rows of the matrix in the order of sampling; the noise on finished frames is really added.
 
 Does not include: latent autoencoders, text conditioning, guidance, discrete noise schedules.
 
@@ -38,7 +41,7 @@ Read on from top to bottom: the method comes first, the network after it.
 
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +66,7 @@ class Config:
     clip_frames: int = 16            # T in training; rollouts go far beyond
 
     temporal: str = "attention"      # where frames meet: "attention" or "gru"
-    causal: bool = True              # False: frames also see later ones (not with a GRU)
+    causal: bool = True              # False: frames also see later ones; streaming is not exact
     window: int = 16                 # attention: a frame sees this many frames, itself included
     patch: int = 2                   # pixel-unshuffle: the U-Net works at 1/patch resolution
     dim: int = 32                    # channels at the highest resolution ...
@@ -87,6 +90,9 @@ class Config:
         for name in ("height", "width", "channels", "clip_frames", "window", "patch", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.dim_mults or self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"dim_mults {self.dim_mults}, head_dim {self.head_dim}: at least one "
+                             "level and an even head_dim are needed")
         multiple = self.patch * 2 ** (len(self.dim_mults) - 1)
         dims = [self.dim * m for m in self.dim_mults]
         for ok, message in (
@@ -154,7 +160,7 @@ def per_frame(v):
 #    D(x; sigma) = mu + c_skip (x - mu) + c_out F(c_in (x - mu); c_noise)
 #
 #    What F gets and what it is asked for have unit variance at every sigma: at low noise it
-#    predicts the noise, at high noise the frame. mu is the mean of the data, which EDM has at 0.
+#    predicts minus the noise, at high noise the frame. mu is the mean of the data (in EDM: 0).
 
 
 def edm_scalings(sigma, sigma_data):
@@ -190,8 +196,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
     sigma (B, T) replaces the random levels. actions (B, T, A): row t drives the change into t.
     """
     B, T = x.shape[:2]
-    if sigma is None:
-        sigma = sample_noise_levels(B, T, config, forcing, generator).to(x)
+    drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
+    sigma = drawn if sigma is None else sigma
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
     history = None
     if forcing == "teacher":
@@ -249,7 +255,7 @@ def sample(model, matrix, context=None, **options):
 
 def rollout(model, matrix, num_frames, context=None, *, config=None, batch_size=1, actions=None,
             solver="euler", generator=None, device=None, dtype=None):
-    """Algorithm 2 of the paper -> iterator over num_frames frames (B, C, H, W), those of the
+    """After Algorithm 2 of the paper -> iterator over num_frames frames (B, C, H, W), those of the
     context first, each as soon as it is finished. The matrix is laid along time again and again,
     the last time cut to length; memory and the cost of a frame do not grow.
 
@@ -277,7 +283,8 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
     sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
 
     def noise(n):  # drawn frame by frame, so that neither tile nor num_frames change a frame's
-        frames = [randn(context[:, 0:0].sum(1).shape, context, generator) for _ in range(n)]
+        shape = (len(context), *context.shape[2:])
+        frames = [randn(shape, context, generator) for _ in range(n)]
         return torch.stack(frames, 1) if n else context[:, :0]
 
     x, state, first = context, None, 0  # x[:, 0] is frame `first`
@@ -292,7 +299,7 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
         for now, then in zip(K[:-1], K[1:]):
             if torch.equal(now, then):
                 continue
-            finished = int((now == 0).cumprod(0).sum())
+            finished = int((now == 0).cumprod(0).sum())  # zeros in front: these enter the state
             started = int((then < S).nonzero().max()) + 1  # later ones are pure noise: no use
             live = slice(entered, started)
             a = None if actions is None else actions[:, first + entered : first + started].to(x)
@@ -317,18 +324,18 @@ def step(model, x, eps, now, then, sigmas, config, state, commit, actions, solve
     s, s_next, moves = sigmas[now], sigmas[then], now != then  # (n,) each
     history_sigma = config.in_frame_units(config.context_noise)
 
-    def look(skip, x, k, state, commit):
-        seen = x + per_frame(k == 0) * history_sigma * eps
+    def denoise_from(first, x, k, state, commit):  # the call of the network, for x[:, first:]
+        seen = torch.where(per_frame(k == 0), x + history_sigma * eps, x)
         label = torch.where(k == 0, history_sigma, sigmas[k]).expand(len(x), -1)
-        a = None if actions is None else actions[:, skip:]
-        return model(seen[:, skip:], label[:, skip:], state, actions=a, commit=commit)
+        a = None if actions is None else actions[:, first:]
+        return model(seen[:, first:], label[:, first:], state, actions=a, commit=commit)
 
-    denoised, state = look(0, x, now, state, commit)
+    denoised, state = denoise_from(0, x, now, state, commit)
     # x + (s_next - s) dx/dsigma, where dx/dsigma = (x - D) / s, written so that it ends on D at 0
     euler = denoised + per_frame(s_next / s) * (x - denoised)
     x_next = torch.where(per_frame(moves), euler, x)  # a level that is held holds every bit
     if correct:  # Heun (EDM, Algorithm 1): the mean of the slopes at both ends
-        again, _ = look(commit, x_next, then, state, 0)
+        again, _ = denoise_from(commit, x_next, then, state, 0)
         again = torch.cat([denoised[:, :commit], again], 1)
         slope = ((x - denoised) / per_frame(s) + (x_next - again) / per_frame(s_next)) / 2
         heun = x + per_frame(s_next - s) * slope
@@ -349,7 +356,7 @@ def check_rollout(matrix, num_frames, context, config, actions, solver):
          "levels may not decrease along a row: a causal model never uses a frame that is cleaner "
          "than those before it"),
         (context is not None and tuple(context.shape[2:]) != size,
-         f"context frames are {tuple(context.shape[2:]) if given else ()}; {size} is needed"),
+         f"context frames of another size than {size}"),
         (num_frames < max(given, 1), f"num_frames is {num_frames}; it counts the {given} frames "
          "of context and is at least 1"),
         (actions is not None and actions.shape[1] < num_frames,
@@ -405,10 +412,12 @@ class Denoiser(nn.Module):
             if state is not None or not self.config.causal:
                 raise ValueError("history needs a causal denoiser that starts without a state")
             x, sigma = torch.cat([history[0], x], 1), torch.cat([history[1], sigma], 1)  # 2T frames
+            commit = T if commit is None else commit  # clean ones: they come first
             actions = None if actions is None else torch.cat([actions, actions], 1)
-        c_skip, c_out, c_in, c_noise = map(per_frame, edm_scalings(sigma, self.config.sigma_data))
+        *scalings, c_noise = edm_scalings(sigma, self.config.sigma_data)
+        c_skip, c_out, c_in = map(per_frame, scalings)
         centred = x - self.data_mean
-        out, new_state = self.network(c_in * centred, c_noise[..., 0, 0, 0], state, actions, commit,
+        out, new_state = self.network(c_in * centred, c_noise, state, actions, commit,
                                       two_streams=history is not None)
         denoised = self.data_mean + c_skip * centred + c_out * out
         return denoised[:, -T:], state if commit == 0 else new_state
@@ -421,10 +430,11 @@ class Denoiser(nn.Module):
             none = emb.new_zeros(B, T, self.config.action_dim)
             emb = emb + self.embed_action(none if actions is None else actions / self.action_scale)
         emb = F.silu(emb).flatten(0, 1)  # (BT,E)
-        old, new = state, []
+        new = []
 
-        def run(block, h):
-            h, block_state = block(h, emb, B, old and old[len(new)], commit, two_streams)
+        def run(block, h):  # blocks run in a fixed order: that is the order of their states
+            old = None if state is None else state[len(new)]
+            h, block_state = block(h, emb, B, old, commit, two_streams)
             new.append(block_state)
             return h
 
@@ -482,7 +492,9 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
         self.head_dim, self.window, self.causal = head_dim, window, causal
-        self.qkv = nn.Linear(dim, 3 * dim)  # the bias lets a head look n frames back in any clip
+        # The bias is a constant in q and k. Once rotated, it depends on their distance in time
+        # alone, so that a head can look "n frames back", whatever the frames show.
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.out = zero(nn.Linear(dim, dim))
 
     def forward(self, x, state=None, commit=None, two_streams=False):
@@ -521,13 +533,14 @@ class TemporalAttention(nn.Module):
 
 
 class TemporalGRU(nn.Module):
-    """The paper's recurrent model, at every location. State: the hidden state, (N, C)."""
+    """A GRU at every location, after the paper's recurrent model. State: hidden state, (N, C)."""
 
     def __init__(self, dim):
         super().__init__()
         self.gru = nn.GRU(dim, dim, batch_first=True)
         self.out = zero(nn.Linear(dim, dim))
 
+    @torch.autocast("cuda", enabled=False)  # which would run a GRU in float16: it underflows
     def forward(self, x, state=None, commit=None, two_streams=False):
         N, T, C = x.shape
         start = x.new_zeros(N, C) if state is None else state
@@ -544,7 +557,8 @@ class TemporalGRU(nn.Module):
 
 
 def rotary(x, position):
-    """Rotary position embedding (arXiv 2104.09864): x (N, heads, T, d), position (T,) -> x."""
+    """Rotary position embedding (arXiv 2104.09864): x (N, heads, T, d), position (T,) -> x. The
+    first pair of channels turns by a quarter a frame, the last about a thousand times slower."""
     half = x.shape[-1] // 2
     frequency = math.pi / 2 * 1000.0 ** -(torch.arange(half, device=x.device) / half)
     angle = position[:, None] * frequency  # (T,d/2)
@@ -616,7 +630,7 @@ def zero(layer):
 
 
 # -------------------------------------------------------------------------------------------------
-# 10. Checkpoints: written aside, then renamed. Whatever happens, the file at `path` is a whole one.
+# 10. Checkpoints: written aside, then renamed. Whoever dies meanwhile, the file at `path` is whole.
 
 
 def save_checkpoint(path, config, weights, **extra):
@@ -632,13 +646,12 @@ def save_checkpoint(path, config, weights, **extra):
 
 def load_checkpoint(path, device="cpu"):
     """-> the Denoiser in eval mode, and a dict of all else in the file. Executes nothing from the
-    file. Raises FileNotFoundError, or ValueError for a file that is not such a checkpoint."""
+    file. Raises OSError, or ValueError for a file that is not such a checkpoint."""
     try:
-        extra = torch.load(path, map_location=device, weights_only=True)
-        config = extra.pop("config")
-        model = Denoiser(Config(**{f.name: config[f.name] for f in fields(Config)}))
+        extra = torch.load(path, map_location="cpu", weights_only=True)
+        model = Denoiser(Config(**extra.pop("config")))
         model.load_state_dict(extra.pop("weights"))
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:  # whatever a foreign or damaged file provokes
         kind = type(error).__name__

@@ -28,7 +28,7 @@ CODECS = {  # suffix: codec, pixel format, options
     ".webm": ("libvpx-vp9", "yuv420p", ["-crf", "20", "-b:v", "0"]),
     ".gif": ("gif", "pal8", ["-vf", PALETTE]),
 }
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def fail(message):
@@ -72,21 +72,36 @@ def read_clip(path, height, width):
             raise ValueError(f"{path}: {clip.dtype} {clip.shape}; uint8 (T, H, W, 3) is needed")
         size = f"{clip.shape[2]}x{clip.shape[1]}"
         source, url = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size], "pipe:"
-        data = np.ascontiguousarray(clip).data
+        data = np.ascontiguousarray(clip).reshape(-1).data  # flat: pipes count in bytes
     elif path.is_dir():
-        images = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
-        number = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
-        source, url, data = [], "pipe:", b"".join(p.read_bytes() for p in sorted(images, key=number))
+        images = list_images(path)
+        source, url, data = [], "pipe:", b"".join(p.read_bytes() for p in images)
     fit = f"{width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-i", url, "-vf",
-               f"scale={fit}", "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-i", url,
+               "-vf", f"scale={fit}", "-fps_mode", "passthrough",
+               "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, input=data or b"", capture_output=True)
     num_frames = len(done.stdout) // (height * width * 3)
     if num_frames == 0:
         reason = done.stderr.decode(errors="replace").strip().split("\n")[-1]
         raise ValueError(f"{path}: {reason or 'no frame in it'}")
+    if path.is_dir() and num_frames != len(images):
+        raise ValueError(f"{path}: {num_frames} of {len(images)} images: all must be of one kind")
     frames = np.frombuffer(done.stdout, np.uint8)[: num_frames * height * width * 3]
     return frames.reshape(num_frames, height, width, 3)
+
+
+def list_images(folder):
+    """The images of a folder, those that are not hidden, frame2 before frame10."""
+    images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
+    number = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
+    return sorted(images, key=number)
+
+
+def side_file(clip):
+    """Where the actions of a clip are, if it has any: NAME.actions.npy beside NAME.mp4."""
+    clip = Path(clip)
+    return clip.parent / f"{clip.name if clip.is_dir() else clip.stem}.actions.npy"
 
 
 def read_actions(path, stride=1):
@@ -122,16 +137,23 @@ class VideoWriter:
         self.array.flush() if self.array is not None else self.encoder.close()
 
 
-def default_device():
+def find_device(name):
+    """The device of that name if there is one; by default the first of cuda, mps, cpu."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    return "cuda" if cuda else "mps" if mps else "cpu"
+    name = name or ("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {name}: there is none on this machine")
+    return name
 
 
 def positive(text):
-    """An argparse type: an int of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+    """An argparse type: a number above 0, an int if it is written as one."""
+    number = float(text) if "." in text else int(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 def parse_args():
@@ -141,8 +163,8 @@ def parse_args():
     add("--ckpt", default="model.pt", help="as written by train.py (%(default)s)")
     add("--frames", type=positive, default=256, help="length, context included (%(default)s)")
     add("--out", type=Path, default="rollout.mp4", help=".mp4, .gif, .webm or .npy (%(default)s)")
-    add("--context", nargs="+", metavar="CLIP", help="go on from it; one for each of --batch (none)")
-    add("--context-frames", type=int, help="how many of its first frames are given (4)")
+    add("--context", nargs="+", default=[], metavar="CLIP", help="go on from it; several: one each")
+    add("--context-frames", type=positive, help="how many of its first frames are given (4)")
     add("--actions", help=".npy (T, A), repeated at its end (the side file of --context)")
     add("--schedule", choices=SCHEDULES, default="autoregressive", help="(%(default)s)")
     add("--uncertainty", type=float, default=1.0, help="pyramid: levels a frame (%(default)s)")
@@ -151,39 +173,47 @@ def parse_args():
     add("--solver", choices=SOLVERS, default="euler", help="(%(default)s)")
     add("--batch", type=positive, default=1, help="number of rollouts, a file each (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--fps", type=float, default=15, help="frames a second of the video (%(default)s)")
+    add("--fps", type=positive, default=15, help="frames a second of the video (%(default)s)")
     add("--scale", type=positive, help="enlarge pixels, never in .npy (to a height of 256 or more)")
-    add("--device", default=default_device(), help="cuda, mps or cpu (%(default)s)")
+    add("--device", help="cuda, mps or cpu (the first of them that is there)")
     add("--show-schedule", action="store_true", help="print the matrix of every tile, and stop")
     return p.parse_args()
 
 
 def load_inputs(args, config, stride):
     """-> context (batch, context_frames, C, H, W) or None, actions (batch, frames, A) or None."""
-    context, clips, wanted = None, args.context or [], args.context_frames
-    if clips and wanted:
+    clips, wanted, context = args.context, args.context_frames, None
+    if clips:
         frames = [read_clip(c, config.height, config.width)[::stride][:wanted] for c in clips]
         for clip, f in zip(clips, frames):
             if len(f) < wanted:
                 raise ValueError(f"{clip} has {len(f)} frames; --context-frames is {wanted}")
         frames = [frames[i % len(frames)] for i in range(args.batch)]
         context = to_frames(np.stack(frames)).to(args.device)
-    sides = [args.actions] if args.actions else [Path(c).with_suffix(".actions.npy") for c in clips]
-    rows = [read_actions(f, stride)[::stride] for f in sides if args.actions or f.exists()]
-    if not config.action_dim or not rows:
-        return context, None  # no actions: all zeros
-    if {r.shape[1] for r in rows} != {config.action_dim}:
-        raise ValueError(f"{sides[0]}: the model needs {config.action_dim} numbers a frame")
-    rows = [np.resize(rows[i % len(rows)], (args.frames, config.action_dim)) for i in range(args.batch)]
-    return context, torch.from_numpy(np.stack(rows)).to(args.device)
+    if not config.action_dim:
+        return context, None
+    actions = np.zeros((args.batch, args.frames, config.action_dim), np.float32)
+    for i in range(args.batch):
+        file = args.actions or (side_file(clips[i % len(clips)]) if clips else None)
+        if args.actions or file and file.exists():
+            rows = read_actions(file, stride)[::stride]
+            if rows.shape[1] != config.action_dim:
+                raise ValueError(f"{file}: the model needs {config.action_dim} numbers a frame")
+            actions[i] = np.resize(rows, actions[i].shape)  # repeated at its end
+    return context, torch.from_numpy(actions).to(args.device)
 
 
 def main():
     args = parse_args()
-    if args.context_frames is None:
-        args.context_frames = 4 if args.context else 0
+    args.device, args.batch = find_device(args.device), max(args.batch, len(args.context))
+    args.context_frames = args.context_frames or (4 if args.context else 0)
     if args.out.suffix.lower() not in (*CODECS, ".npy") or not args.out.parent.is_dir():
         fail(f"--out {args.out}: a {', '.join(CODECS)} or .npy in an existing folder is needed")
+    paths = [args.out]
+    if args.batch > 1:
+        paths = [args.out.with_stem(f"{args.out.stem}_{i}") for i in range(args.batch)]
+    if {p.resolve() for p in paths} & {Path(c).resolve() for c in args.context}:
+        fail(f"--out {args.out} would overwrite --context")
     try:
         if args.show_schedule:
             return show_schedule(args)
@@ -195,9 +225,8 @@ def main():
     except (OSError, ValueError) as error:
         fail(error)
     height, width, scale = model.config.height, model.config.width, args.scale
-    writers = [VideoWriter(args.out.with_stem(f"{args.out.stem}_{i}") if args.batch > 1 else args.out,
-                           args.frames, height, width, args.fps, scale or -(-256 // height))
-               for i in range(args.batch)]
+    writers = [VideoWriter(path, args.frames, height, width, args.fps, scale or -(-256 // height))
+               for path in paths]
     try:
         for frame in tqdm(frames, total=args.frames, unit=" frames", desc=str(args.out)):
             for writer, image in zip(writers, to_bytes(frame)):

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from diffusion_forcing import (FORCINGS, Config, Denoiser, diffusion_forcing_loss, load_checkpoint,
                                rollout, save_checkpoint, scheduling_matrix)
-from sample import (IMAGES, VideoWriter, default_device, fail, positive, read_actions, read_clip,
-                    to_bytes, to_frames)
+from sample import (VideoWriter, fail, find_device, list_images, positive, read_actions, read_clip,
+                    side_file, to_bytes, to_frames)
 
 DEFAULTS = dict(data=None, clip_frames=16, stride=1, temporal="attention", forcing="diffusion",
                 seed=0, cache=str(Path.home() / ".cache" / "diffusion_forcing"))
@@ -93,7 +93,8 @@ class Clips:
     """A folder of clips. Each is decoded once and memory-mapped: training waits for no decoder."""
 
     def __init__(self, folder, num_frames, size, stride, cache):
-        self.num_frames, self.stride, self.clips, self.actions = num_frames, stride, [], []
+        self.num_frames, self.stride = num_frames, stride
+        self.clips, self.lengths, self.actions = [], [], []
         self.need = (num_frames - 1) * stride + 1  # frames of a clip that a training clip spans
         if not Path(folder).is_dir():
             fail(f"--data {folder}: there is no such folder")
@@ -102,16 +103,18 @@ class Clips:
             print(f"decoding {len(files)} clips to {size}x{size} into {cache}, once")
         for file in tqdm(files, unit=" clips", desc="clips"):
             try:
-                clip, side = cached_clip(file, size, cache), file.with_suffix(".actions.npy")
+                path, side = cached_clip(file, size, cache), side_file(file)
+                clip = np.load(path, mmap_mode="r", allow_pickle=False)
                 if len(clip) < self.need:
                     raise ValueError(f"{file}: {len(clip)} frames; {self.need} are needed")
                 rows = read_actions(side, stride) if side.exists() else None
                 if rows is not None and len(rows) < len(clip):
                     raise ValueError(f"{side}: {len(rows)} rows for {len(clip)} frames")
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 skipped.append(error)
             else:
-                self.clips.append(clip)
+                self.clips.append(path)
+                self.lengths.append(len(clip))
                 self.actions.append(rows)
         print(*(f"skipped {error}" for error in skipped), sep="\n", end="\n" if skipped else "")
         widths = {rows.shape[1] for rows in self.actions if rows is not None}
@@ -119,19 +122,20 @@ class Clips:
             fail(f"{folder}: actions of different widths {sorted(widths)}" if self.clips else
                  f"{folder}: no clip of {self.need} or more frames")
         self.action_dim = max(widths, default=0)
-        windows = np.array([len(clip) - self.need + 1 for clip in self.clips])
+        windows = np.array(self.lengths) - self.need + 1
         self.share = windows / windows.sum()
-        print(f"{len(self.clips)} clips, {sum(map(len, self.clips))} frames, "
+        print(f"{len(self.clips)} clips, {sum(self.lengths)} frames, "
               f"{self.action_dim} actions; {len(skipped)} skipped")
 
     def batch(self, rng, n, num_frames=None):
         clips, actions = [], []
         for i in rng.choice(len(self.clips), n, p=self.share):
-            clip, rows = self.clips[i], self.actions[i]
-            start = rng.integers(len(clip) - self.need + 1)
+            rows, length = self.actions[i], self.lengths[i]
+            start = rng.integers(length - self.need + 1)
             at = start + np.arange(num_frames or self.num_frames) * self.stride
-            at = np.minimum(at, len(clip) - 1)  # too short for a preview: it stands still
-            clips.append(clip[at])
+            at = np.minimum(at, length - 1)  # too short for a preview: it stands still
+            # opened anew each time: thousands of open files are more than systems allow
+            clips.append(np.load(self.clips[i], mmap_mode="r", allow_pickle=False)[at])
             actions.append(np.zeros((len(at), self.action_dim)) if rows is None else rows[at])
         return np.stack(clips), np.stack(actions).astype(np.float32) if self.action_dim else None
 
@@ -139,28 +143,29 @@ class Clips:
 def find_clips(folder):
     """Videos, .npy files and folders of images at any depth, hidden ones left out, in order."""
     found = []
-    for path in sorted(Path(folder).rglob("*")):
+    for path in [Path(folder), *sorted(Path(folder).rglob("*"))]:
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if path.is_dir():
-            found += [path] * (sum(p.suffix.lower() in IMAGES for p in path.iterdir()) > 1)
+            found += [path] * (len(list_images(path)) > 1)
         elif path.suffix.lower() in (*VIDEOS, ".npy") and not path.name.endswith(".actions.npy"):
             found.append(path)
     return found
 
 
 def cached_clip(file, size, cache):
-    """-> memory-mapped uint8 (T, size, size, 3). Its name says all that the content depends on."""
-    about = file.stat()
-    key = f"{file.resolve()} {about.st_size} {about.st_mtime_ns} {size}"
+    """-> path of a .npy, uint8 (T, size, size, 3), named by all that its content depends on."""
+    parts = list_images(file) if file.is_dir() else [file]
+    about = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+    key = f"{about} {size}"
     path = cache / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".npy")
     if not path.exists():
+        clip, aside = read_clip(file, size, size), path.with_suffix(f".{os.getpid()}.tmp")
         cache.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
         with open(aside, "wb") as f:
-            np.save(f, read_clip(file, size, size))
+            np.save(f, clip)
         os.replace(aside, path)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return path
 
 
 def draw(data, seed, step, batch, rank=0):
@@ -185,7 +190,7 @@ def measure(data, seed):
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, epilog="presets: " + "; ".join(
-        f"{name}: " + ", ".join(f"--{k} {v}" for k, v in preset.items() if v) for name, preset in
+        f"{name}: " + ", ".join(f"{k}={v}" for k, v in preset.items() if v) for name, preset in
         PRESETS.items()), formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--data", help="folder of clips, any depth (default: the bouncing balls)")
@@ -196,16 +201,17 @@ def parse_args():
     add("--stride", type=positive, help="take every n-th frame of a clip (default: 1)")
     add("--batch", type=positive, help="clips a step (default: the preset's)")
     add("--steps", type=positive, help="length of the run in steps (default: the preset's)")
-    add("--minutes", type=float, help="length in minutes (default: the preset's); the learning "
+    add("--minutes", type=positive, help="length in minutes (default: the preset's); the learning "
         "rate follows the clock, so that only --steps makes a run that can be repeated")
-    add("--lr", type=float, help="learning rate (default: the preset's)")
+    add("--lr", type=positive, help="learning rate (default: the preset's)")
     add("--window", type=positive, help="frames that attention sees (default: --clip-frames)")
     add("--temporal", choices=("attention", "gru"), help="temporal mixer (default: attention)")
     add("--forcing", choices=FORCINGS, help="training paradigm (default: diffusion)")
     add("--seed", type=int, help="of weights, batches and noise (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--cache", help="folder of decoded clips (default: ~/.cache/diffusion_forcing)")
-    add("--no-compile", action="store_true", help="do not compile (default: base does, on CUDA)")
+    add("--no-compile", action="store_true", default=None,
+        help="do not compile the network (default: base on CUDA is compiled)")
     add("--resume", action="store_true", help="go on from --out's .resume.pt (default: start)")
     add("--overwrite", action="store_true", help="replace --out if it exists (default: do not)")
     return p.parse_args()
@@ -214,11 +220,12 @@ def parse_args():
 def settle(args):
     """-> the settings of the run, plain values that travel in the checkpoint."""
     given = {k: v for k, v in vars(args).items() if v is not None} | dict(out=str(args.out))
-    device, resume = args.device or default_device(), args.out.with_suffix(".resume.pt")
+    device, resume = find_device(args.device), args.out.with_suffix(".resume.pt")
     preset = "base" if args.data and device.startswith("cuda") else "small"
-    stored = DEFAULTS | PRESETS[args.preset or preset] | dict(preset=preset, device=device)
-    if not args.out.parent.is_dir():
-        fail(f"--out {args.out}: there is no folder {args.out.parent}")
+    preset = args.preset or preset
+    stored = DEFAULTS | PRESETS[preset] | dict(preset=preset, no_compile=False)
+    if args.out.suffix != ".pt" or not args.out.parent.is_dir():
+        fail(f"--out {args.out}: a .pt file in an existing folder is needed")
     if args.out.exists() and not (args.resume or args.overwrite):
         fail(f"{args.out} exists: --resume goes on with it, --overwrite starts anew")
     if args.resume:
@@ -233,9 +240,9 @@ def settle(args):
     if args.steps or args.minutes:  # the length that is asked for, and no other
         stored = stored | dict(steps=None, minutes=None)
     window = args.clip_frames or stored["clip_frames"]
-    s = argparse.Namespace(**(dict(window=window) | stored | given))
-    if not (s.lr > 0 and (s.minutes is None or s.minutes > 0)):
-        fail("--lr and --minutes must be positive")
+    s = argparse.Namespace(**(dict(window=window) | stored | given | dict(device=device)))
+    if not s.data and s.size < 16:
+        fail(f"--size {s.size}: two balls need 16 pixels or more")
     return s, resume
 
 
@@ -246,6 +253,8 @@ def build(s, data, resume):
     if s.resume:
         run.model, saved = load_checkpoint(resume, s.device)
         run.step, run.elapsed = saved["step"], saved["elapsed"]
+        if data.action_dim != run.model.config.action_dim:
+            fail(f"{s.data} has {data.action_dim} actions a frame, unlike when the run began")
     else:
         try:
             config = Config(height=s.size, width=s.size, action_dim=data.action_dim, dim=s.dim,
@@ -261,7 +270,7 @@ def build(s, data, resume):
         run.ema.load_state_dict(saved["ema"])
         run.optimizer.load_state_dict(saved["optimizer"])
     on_cuda = s.device.startswith("cuda")
-    run.bfloat16 = s.fast and on_cuda and torch.cuda.is_bf16_supported()
+    run.bfloat16 = s.fast and on_cuda and torch.cuda.get_device_capability(s.device) >= (8, 0)
     if s.fast and not run.bfloat16:
         print(f"no bfloat16 on {s.device}: training in float32")
     compiled = s.fast and on_cuda and not s.no_compile
@@ -304,20 +313,27 @@ def save(run, s, resume):
     save_checkpoint(s.out, config, run.ema.state_dict(), step=run.step, stride=s.stride)
 
 
-def preview(path, model, data, num_frames, device, columns=4):
-    """A video of real clips (above) and rollouts from their first frames (below)."""
+def preview(name, model, data, num_frames, s, columns=4):
+    """Writes a video: real clips above, rollouts from their first frames below."""
+    path = Path(s.out).with_suffix(f".{name}.mp4")
     real, actions = data.batch(np.random.default_rng(0), columns, num_frames)
-    context = to_frames(real[:, :CONTEXT]).to(device)
+    context = to_frames(real[:, :CONTEXT]).to(s.device)
     actions = None if actions is None else torch.from_numpy(actions)
     K = scheduling_matrix("autoregressive", 1, 10)
+    if s.forcing == "full_sequence":  # all that such a model knows
+        K = scheduling_matrix("full_sequence", s.clip_frames, 10)
     height, width = 2 * model.config.height, columns * model.config.width
-    video = VideoWriter(path, num_frames, height, width, scale=-(-256 // height))
     frames = rollout(model, K, num_frames, context, actions=actions)
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
-    for above, below in zip(real.swapaxes(0, 1), bar):
-        rows = [np.concatenate(row, 1) for row in (above, to_bytes(below))]
-        video.write(np.concatenate(rows))
-    video.close()
+    try:
+        video = VideoWriter(path, num_frames, height, width, scale=-(-256 // height))
+        for above, below in zip(real.swapaxes(0, 1), bar):
+            rows = [np.concatenate(row, 1) for row in (above, to_bytes(below))]
+            video.write(np.concatenate(rows))
+        video.close()
+    except OSError as error:  # no reason to end a training
+        print(f"{path} could not be written: {error}")
+    return path
 
 
 def progress(run, s):
@@ -338,12 +354,14 @@ def report(run, s, log, bar, losses, seconds, lr):
 def train(s, run, data, resume):
     """The loop: until the end -> True, or until Ctrl-C (SIGINT, SIGTERM) -> False."""
     out, stop, pool = Path(s.out), [], ThreadPoolExecutor(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step; a second one ends at once
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    signals = (signal.SIGINT, signal.SIGTERM)  # finish the step; a second one ends at once
+    handlers = [signal.signal(n, lambda n, _: stop.append(n) or signal.signal(n, signal.SIG_DFL))
+                for n in signals]
     log = open(out.with_suffix(".csv"), "a" if s.resume else "w")
     if not s.resume:
         log.write("step,loss,lr,frames_per_second,seconds\n")
-    bar = tqdm(total=1.0, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    bar = tqdm(total=1.0, initial=progress(run, s), bar_format="{percentage:3.0f}%|{bar}| "
+               "{elapsed}<{remaining}{postfix}")
     start, saved, losses, since = time.monotonic() - run.elapsed, run.elapsed, [], time.monotonic()
     upcoming = pool.submit(draw, data, s.seed, run.step, s.batch)
     while not stop and progress(run, s) < 1:
@@ -358,10 +376,13 @@ def train(s, run, data, resume):
         if run.elapsed - saved > 60 * s.save_minutes:
             saved = run.elapsed
             save(run, s, resume)
-            preview(out.with_suffix(".preview.mp4"), run.ema, data, 2 * s.clip_frames, s.device)
+            preview("preview", run.ema, data, 2 * s.clip_frames, s)
+            losses, since = [], time.monotonic()
     bar.close()
     pool.shutdown()
     save(run, s, resume)
+    for number, handler in zip(signals, handlers):
+        signal.signal(number, handler)
     return not stop
 
 
@@ -375,8 +396,7 @@ def main():
     if not train(s, run, data, resume):
         words = shlex.join(w for w in sys.argv if w not in ("--overwrite", "--resume"))
         sys.exit(f"stopped and saved at step {run.step}; to go on: python {words} --resume")
-    video = Path(s.out).with_suffix(".rollout.mp4")
-    preview(video, run.ema, data, 256, s.device)
+    video = preview("rollout", run.ema, data, 256, s)
     print(f"{s.out}: {run.step} steps in {run.elapsed / 60:.1f} minutes; a rollout is in {video}\n"
           f"more of them: python sample.py --ckpt {s.out} --frames 256")
 
