@@ -133,6 +133,23 @@ def test_preconditioning_is_centred_on_the_mean_of_the_data():
 
 
 @pytest.mark.edm
+def test_the_network_gets_what_edm_says(monkeypatch):
+    model, seen = Denoiser(tiny()), {}
+    mean, x = torch.tensor(model.config.data_mean)[:, None, None], torch.randn(1, 2, 3, 8, 8)
+
+    def network(x, c_noise, *args, **options):
+        seen.update(x=x, c_noise=c_noise)
+        return torch.ones_like(x), None
+
+    monkeypatch.setattr(model, "network", network)
+    denoised, _ = model(x, torch.tensor([[0.4, 0.3]]))
+    assert torch.allclose(seen["x"][:, 0], (x[:, 0] - mean) / 0.5), "the input of F is c_in (x - mu)"
+    assert torch.allclose(seen["c_noise"], torch.tensor([[0.4 / 0.3, 1.0]]).log() / 4), "its label is c_noise"
+    expected = mean + 0.36 * (x[:, 0] - mean) + 0.24
+    assert torch.allclose(denoised[:, 0], expected, atol=1e-6), "D = mu + c_skip (x - mu) + c_out F"
+
+
+@pytest.mark.edm
 def test_actions_are_measured_in_units_of_their_size():
     plain, scaled = random_denoiser(action_dim=2), random_denoiser(action_dim=2, action_scale=(20.0, 0.5))
     x, sigma, actions = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2), torch.randn(1, 2, 2)
@@ -168,11 +185,12 @@ def test_loss_by_hand(forcing):
     assert float(loss) == pytest.approx(total / 12, rel=1e-4), "the loss is the mean of lambda(sigma) |D - x0|^2"
     z = (call["x"] - x) / call["sigma"][..., None, None, None]
     assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.05, "frame t gets sigma[b, t] times a standard normal"
+    assert torch.corrcoef(z.flatten(0, 1).flatten(1)).triu(1).abs().max() < 0.5, "every frame has noise of its own"
 
 
 @pytest.mark.loss
 def test_the_same_generator_gives_the_same_loss():
-    spy, x = Spy(), torch.randn(2, 4, 3, 8, 8)
+    spy, x = Spy(lambda x, sigma: x), torch.randn(2, 4, 3, 8, 8)
     losses = [df.diffusion_forcing_loss(spy, x, spy.config, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
     assert losses[0] == losses[1] != losses[2], "level and noise both come from the generator, and from nothing else"
 
@@ -304,12 +322,28 @@ def test_a_constant_denoiser_is_landed_on_exactly(kind, u, solver):
 @pytest.mark.parametrize("solver", df.SOLVERS)
 def test_a_frame_whose_level_is_held_keeps_every_bit(solver):
     K = torch.tensor([[3, 3], [2, 3], [1, 3], [1, 2], [1, 1], [0, 1], [0, 0]])
-    spy = Spy(lambda x, sigma: 0.9 * x)
+    spy = Spy(lambda x, sigma: torch.sin(3 * x))
     df.sample(spy, K, solver=solver)
     level_1 = df.karras_sigmas(3, spy.config)[1]
     held = [c["x"][:, 0] for c in spy.calls if c["sigma"].shape[1] == 2 and c["sigma"][0, 0] == level_1]
     assert len(held) >= 3, "a held frame is still shown to the frames after it"
     assert all(torch.equal(h, held[0]) for h in held), "a held frame is copied, not stepped"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("K", [[[4, 4], [3, 4], [2, 3], [1, 2], [0, 1], [0, 0]], [[4, 4], [2, 4], [1, 4], [1, 2], [0, 0]]])
+def test_a_step_goes_to_the_level_in_the_matrix_and_adds_nothing(K):
+    """D = 0: a frame at sigma is its first noise, shrunk by sigma / sigma_max; the network sees just that."""
+    spy, K = Spy(), torch.tensor(K)
+    df.sample(spy, K)
+    sigmas, first = df.karras_sigmas(4, spy.config), {}
+    for call in spy.calls:
+        start = call["state"] or 0
+        for i in range(call["commit"], call["x"].shape[1]):
+            unit = call["x"][:, i] / call["sigma"][0, i]
+            first.setdefault(start + i, unit)
+            assert torch.allclose(unit, first[start + i], rtol=1e-4), f"frame {start + i}: x <- D + (s' / s) (x - D)"
+    assert all(abs(z.std() - 1) < 0.3 for z in first.values()), "it begins as sigma_max times a standard normal"
 
 
 @pytest.mark.sampler
@@ -547,6 +581,11 @@ def test_the_state_stops_growing(temporal):
         for t in range(60):
             _, state = model(torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1), state)
             sizes[t] = sum(s.untyped_storage().nbytes() for s in flat(state))
+    _, long = model(torch.randn(1, 50, 3, 8, 8), torch.ones(1, 50))
+    assert sizes[59] == sum(s.numel() * 4 for s in flat(long)), "window - 1 keys and values, or one hidden state; no more"
+    assert all(s.untyped_storage().nbytes() == s.numel() * 4 for s in flat(long)), "a view keeps all 50 frames alive"
+    if temporal == "attention":
+        assert {s.shape[2] for s in flat(long)} == {3}, "window 4: the frame itself and three before it"
     assert sizes[59] == sizes[10], "the state grows with the length of the rollout (a view keeps its whole storage)"
 
 
@@ -672,6 +711,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.checkpoint
+def test_a_checkpoint_is_written_aside_and_renamed(tmp_path, monkeypatch):
+    model, renamed = random_denoiser(), []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: renamed.append((str(a), str(b))) or real(a, b))
+    df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict())
+    assert [b for _, b in renamed] == [str(tmp_path / "m.pt")], "only a rename replaces a file in one stroke"
+
+
+@pytest.mark.checkpoint
 def test_a_checkpoint_can_execute_nothing(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -773,6 +821,10 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
             for weight in a.get(key, {}):
                 assert torch.equal(a[key][weight], b[key][weight]), f"{file}: {weight} differs after Ctrl-C and --resume"
         assert a["step"] == b["step"] == 8
+    average, raw = (torch.load(tmp_path / "whole" / "model.resume.pt", weights_only=True)[k] for k in ("ema", "weights"))
+    shipped = df.load_checkpoint(tmp_path / "whole" / "model.pt")[0].state_dict()
+    assert all(torch.equal(shipped[k], average[k]) for k in shipped), "model.pt holds the moving average"
+    assert any(not torch.equal(shipped[k], raw[k]) for k in shipped), "and not the raw weights"
 
 
 @pytest.mark.cli
