@@ -148,12 +148,15 @@ def find_device(name):
     return name
 
 
-def positive(text):
-    """An argparse type: a number above 0, an int if it is written as one."""
-    number = float(text) if "." in text else int(text)
-    if not 0 < number < float("inf"):
+def positive(text, kind=int):
+    """An argparse type: a number above 0."""
+    if not 0 < kind(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return kind(text)
+
+
+def positive_float(text):
+    return positive(text, float)
 
 
 def parse_args():
@@ -173,7 +176,7 @@ def parse_args():
     add("--solver", choices=SOLVERS, default="euler", help="(%(default)s)")
     add("--batch", type=positive, default=1, help="number of rollouts, a file each (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--fps", type=positive, default=15, help="frames a second of the video (%(default)s)")
+    add("--fps", type=positive_float, default=15, help="frames a second of the video (%(default)s)")
     add("--scale", type=positive, help="enlarge pixels, never in .npy (to a height of 256 or more)")
     add("--device", help="cuda, mps or cpu (the first of them that is there)")
     add("--show-schedule", action="store_true", help="print the matrix of every tile, and stop")

@@ -777,6 +777,12 @@ def test_batches_and_noise_depend_on_seed_step_and_rank_alone():
 
 
 @pytest.mark.cli
+@pytest.mark.parametrize("text", ["1e-3", "0.5", "2"])
+def test_rates_are_read_however_they_are_written(text):
+    assert sample.positive_float(text) == float(text)
+
+
+@pytest.mark.cli
 def test_learning_rate_warms_up_from_step_zero():
     s = type("S", (), dict(lr=1.0, warmup=100))
     rates = [train.learning_rate(i, i / 1000, s) for i in (0, 49, 99, 400)]
@@ -912,7 +918,7 @@ def test_the_table_that_readers_ask_about(tmp_path):
 
 @pytest.mark.cli
 @pytest.mark.parametrize("script,words", [
-    ("sample.py", "--ckpt none.pt"), ("sample.py", "--frames 0"), ("sample.py", "--out a.xyz"),
+    ("sample.py", "--ckpt none.pt"), ("sample.py", "--frames 0"), ("sample.py", "--frames 2.5"), ("sample.py", "--out a.xyz"),
     ("sample.py", "--out none/a.mp4"), ("sample.py", "--ckpt junk.pt"), ("sample.py", "--schedule none"),
     ("sample.py", "--ckpt ok.pt --context none.mp4"), ("sample.py", "--ckpt ok.pt --context short.npy"),
     ("sample.py", "--ckpt ok.pt --schedule pyramid --uncertainty -1"),

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from diffusion_forcing import (FORCINGS, Config, Denoiser, diffusion_forcing_loss, load_checkpoint,
                                rollout, save_checkpoint, scheduling_matrix)
-from sample import (VideoWriter, fail, find_device, list_images, positive, read_actions, read_clip,
-                    side_file, to_bytes, to_frames)
+from sample import (VideoWriter, fail, find_device, list_images, positive, positive_float,
+                    read_actions, read_clip, side_file, to_bytes, to_frames)
 
 DEFAULTS = dict(data=None, clip_frames=16, stride=1, temporal="attention", forcing="diffusion",
                 seed=0, cache=str(Path.home() / ".cache" / "diffusion_forcing"))
@@ -201,9 +201,9 @@ def parse_args():
     add("--stride", type=positive, help="take every n-th frame of a clip (default: 1)")
     add("--batch", type=positive, help="clips a step (default: the preset's)")
     add("--steps", type=positive, help="length of the run in steps (default: the preset's)")
-    add("--minutes", type=positive, help="length in minutes (default: the preset's); the learning "
-        "rate follows the clock, so that only --steps makes a run that can be repeated")
-    add("--lr", type=positive, help="learning rate (default: the preset's)")
+    add("--minutes", type=positive_float, help="length in minutes (default: the preset's); the "
+        "learning rate follows the clock, so that only --steps makes a run that can be repeated")
+    add("--lr", type=positive_float, help="learning rate (default: the preset's)")
     add("--window", type=positive, help="frames that attention sees (default: --clip-frames)")
     add("--temporal", choices=("attention", "gru"), help="temporal mixer (default: attention)")
     add("--forcing", choices=FORCINGS, help="training paradigm (default: diffusion)")
@@ -221,8 +221,7 @@ def settle(args):
     """-> the settings of the run, plain values that travel in the checkpoint."""
     given = {k: v for k, v in vars(args).items() if v is not None} | dict(out=str(args.out))
     device, resume = find_device(args.device), args.out.with_suffix(".resume.pt")
-    preset = "base" if args.data and device.startswith("cuda") else "small"
-    preset = args.preset or preset
+    preset = args.preset or ("base" if args.data and device.startswith("cuda") else "small")
     stored = DEFAULTS | PRESETS[preset] | dict(preset=preset, no_compile=False)
     if args.out.suffix != ".pt" or not args.out.parent.is_dir():
         fail(f"--out {args.out}: a .pt file in an existing folder is needed")
