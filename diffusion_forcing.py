@@ -634,11 +634,14 @@ def zero(layer):
 
 
 def save_checkpoint(path, config, weights, **extra):
-    """Writes config, weights (a state dict) and any extra tensors, numbers, strings and dicts."""
+    """Writes config, weights (a state dict) and any extra tensors, numbers, strings and dicts.
+    Raises OSError, and leaves what was there before."""
     aside = f"{path}.{os.getpid()}.tmp"
     try:
         torch.save({"config": asdict(config), "weights": weights, **extra}, aside)
         os.replace(aside, path)
+    except RuntimeError as error:  # what torch makes of a full disk or a lost folder
+        raise OSError(f"{path} cannot be written (is the disk full?)") from error
     finally:
         if os.path.exists(aside):
             os.remove(aside)

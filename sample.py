@@ -29,12 +29,26 @@ CODECS = {  # suffix: codec, pixel format, options
     ".gif": ("gif", "pal8", ["-vf", PALETTE]),
 }
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# What a file may be, whatever its name: no playlist, no script, nothing that opens other files.
+DEMUXERS = "mov,matroska,avi,gif,png_pipe,jpeg_pipe,mjpeg,bmp_pipe,webp_pipe"
 
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def explain(error):
+    """One line on what a user can mend: files, disks, memory. Other errors are ours: raised."""
+    if isinstance(error, OSError):
+        first = str(error).split("\n")[0]  # ffmpeg's are long
+        return f"{error.filename}: {error.strerror}" if error.filename else first
+    if isinstance(error, (ValueError, FloatingPointError)):
+        return str(error)
+    if "memory" not in str(error):
+        raise error
+    return "out of memory: lower --batch (or, in training, --size, --clip-frames, --preset)"
 
 
 def to_frames(clip):
@@ -52,30 +66,39 @@ def load_npy(path, ndim, **options):
     """A .npy file of ndim axes. Raises ValueError with the file and the reason."""
     try:
         array = np.load(path, allow_pickle=False, **options)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ValueError(explain(error)) from None
+    except (ValueError, EOFError):
+        raise ValueError(f"{path}: not an array of numbers, or damaged") from None
     if array.ndim != ndim or not array.size:
         raise ValueError(f"{path}: shape {array.shape}; {ndim} axes are needed")
     return array
 
 
 def read_clip(path, height, width):
-    """A video, a .npy (uint8, (T, H, W, 3)) or a folder of images -> uint8 (T, height, width, 3).
+    """A video, a .npy (T, H, W, 3) (uint8, or floats in 0..1) or a folder of images -> uint8 (T,
+    height, width, 3).
 
     ffmpeg decodes, scales and crops to the centre, so that no video is ever held at full size;
     every coded frame comes through, whatever its time stamp. Raises ValueError with the file and
     the reason."""
-    path, source, url, data = Path(path), ["-protocol_whitelist", "file"], f"file:{path}", None
-    if path.suffix.lower() == ".npy":
+    path, data = Path(path), None
+    source, url = ["-protocol_whitelist", "file", "-format_whitelist", DEMUXERS], f"file:{path}"
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: neither a file nor a folder")  # a pipe would never end
+    if path.suffix.lower() == ".npy" and not path.is_dir():
         clip = load_npy(path, 4, mmap_mode="r")
+        if clip.dtype.kind == "f" and ((clip >= 0) & (clip <= 1)).all():
+            clip = (clip * 255).round().astype(np.uint8)
         if clip.dtype != np.uint8 or clip.shape[-1] != 3:
-            raise ValueError(f"{path}: {clip.dtype} {clip.shape}; uint8 (T, H, W, 3) is needed")
+            raise ValueError(f"{path}: {clip.dtype} {clip.shape}; (T, H, W, 3) of uint8, or of "
+                             "floats in 0..1 (no NaN), is needed")
         size = f"{clip.shape[2]}x{clip.shape[1]}"
         source, url = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size], "pipe:"
         data = np.ascontiguousarray(clip).reshape(-1).data  # flat: pipes count in bytes
     elif path.is_dir():
         images = list_images(path)
-        source, url, data = [], "pipe:", b"".join(p.read_bytes() for p in images)
+        source[1], url, data = "pipe", "pipe:", b"".join(p.read_bytes() for p in images)
     fit = f"{width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-i", url,
                "-vf", f"scale={fit}", "-fps_mode", "passthrough",
@@ -83,8 +106,8 @@ def read_clip(path, height, width):
     done = subprocess.run(command, input=data or b"", capture_output=True)
     num_frames = len(done.stdout) // (height * width * 3)
     if num_frames == 0:
-        reason = done.stderr.decode(errors="replace").strip().split("\n")[-1]
-        raise ValueError(f"{path}: {reason or 'no frame in it'}")
+        said = re.sub(r"^\[.*?\] ", "", done.stderr.decode(errors="replace")).split("\n")
+        raise ValueError(f"{path}: {said[0] or 'no frame in it'}")  # the first line is the cause
     if path.is_dir() and num_frames != len(images):
         raise ValueError(f"{path}: {num_frames} of {len(images)} images: all must be of one kind")
     frames = np.frombuffer(done.stdout, np.uint8)[: num_frames * height * width * 3]
@@ -93,8 +116,9 @@ def read_clip(path, height, width):
 
 def list_images(folder):
     """The images of a folder, those that are not hidden, frame2 before frame10."""
-    images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
-    number = lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)]
+    images = [p for p in folder.iterdir()
+              if p.suffix.lower() in IMAGES and p.name[0] != "." and p.is_file()]
+    number = lambda p: [int(s) if i % 2 else s for i, s in enumerate(re.split(r"(\d+)", p.name))]
     return sorted(images, key=number)
 
 
@@ -114,27 +138,36 @@ def read_actions(path, stride=1):
 class VideoWriter:
     """Writes uint8 (H, W, 3) frames to a video or a .npy as they come and keeps none of them."""
 
-    def __init__(self, path, num_frames, height, width, fps=15, scale=1):
-        suffix, self.scale, self.count = Path(path).suffix.lower(), scale, 0
-        if suffix == ".npy":
-            shape = (num_frames, height, width, 3)
-            self.array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-            return
+    def __init__(self, path, height, width, fps=15, scale=1):
+        suffix, self.scale = Path(path).suffix.lower(), scale
+        self.count, self.size = 0, (height, width)
+        self.npy = open(path, "wb") if suffix == ".npy" else None
+        if self.npy:
+            return self.write_header()
         codec, pixels, options = CODECS[suffix]
-        self.array, self.encoder = None, imageio_ffmpeg.write_frames(
+        self.encoder = imageio_ffmpeg.write_frames(
             str(path), (width * scale, height * scale), fps=fps, codec=codec, pix_fmt_out=pixels,
             output_params=options, macro_block_size=1, ffmpeg_log_level="error")
         self.encoder.send(None)  # starts it
 
+    def write_header(self):
+        self.npy.seek(0)
+        about = dict(descr="|u1", fortran_order=False, shape=(self.count, *self.size, 3))
+        np.lib.format.write_array_header_1_0(self.npy, about)
+
     def write(self, frame):
-        if self.array is not None:
-            self.array[self.count] = frame
+        if self.npy:
+            self.npy.write(frame.tobytes())
         else:
             self.encoder.send(frame.repeat(self.scale, 0).repeat(self.scale, 1).tobytes())
         self.count += 1
 
     def close(self):
-        self.array.flush() if self.array is not None else self.encoder.close()
+        if self.npy:
+            self.write_header()  # now that the number of frames is known
+            self.npy.close()
+        else:
+            self.encoder.close()
 
 
 def find_device(name):
@@ -174,6 +207,8 @@ def parse_args():
     add("--tile", type=positive, help="frames of one matrix (autoregressive: 1, else as trained)")
     add("--steps", type=positive, default=10, help="denoising steps of a frame (%(default)s)")
     add("--solver", choices=SOLVERS, default="euler", help="(%(default)s)")
+    add("--context-noise", type=positive_float, help="sigma with which frames enter the memory: "
+        "more of it forgives more errors and remembers less (as in the checkpoint: 0.05)")
     add("--batch", type=positive, default=1, help="number of rollouts, a file each (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--fps", type=positive_float, default=15, help="frames a second of the video (%(default)s)")
@@ -221,6 +256,7 @@ def main():
         if args.show_schedule:
             return show_schedule(args)
         model, extra = load_checkpoint(args.ckpt, args.device)
+        model.config.context_noise = args.context_noise or model.config.context_noise
         context, actions = load_inputs(args, model.config, extra.get("stride", 1))
         frames = rollout(model, schedule(args, model.config.clip_frames), args.frames, context,
                          batch_size=args.batch, actions=actions, solver=args.solver,
@@ -228,14 +264,23 @@ def main():
     except (OSError, ValueError) as error:
         fail(error)
     height, width, scale = model.config.height, model.config.width, args.scale
-    writers = [VideoWriter(path, args.frames, height, width, args.fps, scale or -(-256 // height))
+    writers = [VideoWriter(path, height, width, args.fps, scale or -(-256 // height))
                for path in paths]
+    bar = tqdm(frames, total=args.frames, unit=" frames", desc=str(args.out))
     try:
-        for frame in tqdm(frames, total=args.frames, unit=" frames", desc=str(args.out)):
-            for writer, image in zip(writers, to_bytes(frame)):
-                writer.write(image)
+        write(bar, writers)
     except KeyboardInterrupt:
         fail(f"stopped after {writers[0].count} of {args.frames} frames; those are written")
+    except (OSError, RuntimeError) as error:
+        bar.close()
+        fail(f"{args.out}, frame {writers[0].count}: {explain(error)}")
+
+
+def write(frames, writers):
+    try:
+        for frame in frames:
+            for writer, image in zip(writers, to_bytes(frame)):
+                writer.write(image)
     finally:
         for writer in writers:
             writer.close()

@@ -56,6 +56,15 @@ class Spy:
         return self.answer(x, sigma), state if committed == 0 else new
 
 
+def refused(what, call, *args, **options):
+    """Fails, naming `what`, unless the call raises ValueError."""
+    try:
+        call(*args, **options)
+    except ValueError:
+        return
+    pytest.fail(f"{what}: a ValueError should say so, before anything is computed")
+
+
 def units(config):
     """What one unit of EDM's noise levels is in frame units."""
     return config.sigma_data / 0.5
@@ -74,9 +83,9 @@ def test_every_frame_has_a_level_of_its_own():
 
 @pytest.mark.noise
 def test_levels_are_log_normal_in_frame_units():
-    config = tiny(P_mean=-1.0, P_std=0.7)
+    config = tiny(P_mean=2.5, P_std=0.7)
     log = df.sample_noise_levels(20000, 1, config, generator=torch.Generator().manual_seed(0)).log()
-    expected = -1.0 + math.log(units(config))
+    expected = 2.5 + math.log(units(config))
     assert abs(log.mean() - expected) < 0.03, "E[ln sigma] = P_mean + ln(sigma_data / 0.5): units forgotten?"
     assert abs(log.std() - 0.7) < 0.03, "the standard deviation of ln sigma is P_std"
 
@@ -90,15 +99,14 @@ def test_full_sequence_has_one_level_a_clip():
 
 @pytest.mark.noise
 def test_unknown_forcing_is_refused():
-    with pytest.raises(ValueError, match="nonsense"):
-        df.sample_noise_levels(1, 1, tiny(), "nonsense")
+    refused("an unknown forcing", df.sample_noise_levels, 1, 1, tiny(), "nonsense")
 
 
 # ---- 3. EDM ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.edm
-def test_scalings_by_hand():
+def test_scalings_are_those_of_edm():
     c_skip, c_out, c_in, c_noise = (float(c) for c in df.edm_scalings(torch.tensor(0.4), 0.3))
     assert c_skip == pytest.approx(0.09 / 0.25), "c_skip = sd^2 / (sigma^2 + sd^2)"
     assert c_out == pytest.approx(0.12 / 0.5), "c_out = sigma sd / sqrt(sigma^2 + sd^2)"
@@ -129,7 +137,7 @@ def test_preconditioning_is_centred_on_the_mean_of_the_data():
     x = mean + 0.3 * torch.randn(1, 2, 3, 8, 8)
     denoised, _ = model(x, torch.tensor([[0.4, 0.3]]))
     expected = torch.stack([mean + 0.36 * (x[:, 0] - mean), mean + 0.5 * (x[:, 1] - mean)], 1)
-    assert torch.allclose(denoised, expected, atol=1e-6), "D = mu + c_skip (x - mu) + c_out F: mean forgotten?"
+    assert torch.allclose(denoised, expected, atol=1e-6), "F is 0 at first: D = mu + c_skip (x - mu). Mean forgotten?"
 
 
 @pytest.mark.edm
@@ -167,12 +175,12 @@ def test_a_network_that_says_zero_has_loss_one_at_every_level(sigma):
     torch.manual_seed(0)
     x = torch.tensor(config.data_mean)[:, None, None] + config.sigma_data * torch.randn(64, 4, 3, 8, 8)
     loss = df.diffusion_forcing_loss(Denoiser(config), x, config, sigma=torch.full((64, 4), sigma))
-    assert loss.item() == pytest.approx(1, abs=0.05), "weight missing, or in two places"
+    assert loss.item() == pytest.approx(1, abs=0.05), "weight missing or twice, or noise that is not sigma?"
 
 
 @pytest.mark.loss
 @pytest.mark.parametrize("forcing", ["diffusion", "full_sequence"])
-def test_loss_by_hand(forcing):
+def test_the_loss_is_that_of_algorithm_1(forcing):
     spy = Spy(lambda x, sigma: x * 0.5)
     x = torch.randn(3, 4, 3, 8, 8)
     loss = df.diffusion_forcing_loss(spy, x, spy.config, forcing=forcing, generator=torch.Generator().manual_seed(1))
@@ -206,7 +214,8 @@ def test_teacher_forcing_is_T_calls_with_the_clean_past_committed(temporal):
     state = None
     for t in range(6):
         alone, _ = model(noisy[:, t : t + 1], sigma[:, t : t + 1], state, commit=0)
-        assert torch.allclose(together[:, t], alone[:, 0], atol=1e-5), f"noisy frame {t}: clean frames before it, and itself"
+        assert torch.allclose(together[:, t], alone[:, 0], atol=1e-5), \
+            f"noisy frame {t} differs from a call of its own: mask, position, or a layer that mixes frames?"
         _, state = model(past[:, t : t + 1], past_sigma[:, t : t + 1], state)
 
 
@@ -232,19 +241,68 @@ def test_history_of_teacher_forcing_carries_the_noise_it_says():
         df.diffusion_forcing_loss(model, x, config, forcing="teacher", **options)
         frames, label = seen["history"]
         assert torch.allclose(label, torch.tensor(level * units(config))), "label of the history in frame units"
-        assert float((frames - x).std() / label[0, 0]) == pytest.approx(1, abs=0.05), "what is told is what is there"
+        assert float((frames - x).std() / label[0, 0]) == pytest.approx(1, abs=0.05), "the noise on the history is not what its label says"
+
+
+@pytest.mark.loss
+@pytest.mark.parametrize("forcing,levels", [("diffusion", 8), ("full_sequence", 2), ("teacher", 8)])
+def test_each_forcing_has_its_own_levels_and_history(forcing, levels):
+    seen, actions = {}, torch.randn(2, 4, 1)
+
+    def model(x, sigma, *, actions=None, history=None):
+        seen.update(sigma=sigma, history=history, actions=actions)
+        return x, None
+
+    df.diffusion_forcing_loss(model, torch.zeros(2, 4, 3, 8, 8), tiny(), forcing=forcing, actions=actions)
+    assert seen["sigma"].unique().numel() == levels, f"{levels} levels in 2 clips of 4 frames: is `forcing` handed on?"
+    assert (seen["history"] is not None) == (forcing == "teacher"), "only teacher forcing sees a clean history"
+    assert seen["actions"] is actions, "the loss does not hand the actions to the model"
+
+
+@pytest.mark.loss
+def test_history_has_noise_of_its_own_from_the_generator():
+    seen = []
+
+    def model(x, sigma, *, actions=None, history=None):
+        seen.append((x.flatten(), history[0].flatten()))
+        return x, None
+
+    for _ in range(2):
+        df.diffusion_forcing_loss(model, torch.zeros(2, 4, 3, 8, 8), tiny(P_std=0.01), forcing="teacher",
+                                  generator=torch.Generator().manual_seed(0))
+    assert abs(torch.corrcoef(torch.stack(seen[0]))[0, 1]) < 0.2, "history and noisy frames share one draw of noise"
+    assert torch.equal(seen[0][1], seen[1][1]), "noise on the history does not come from the generator"
+
+
+@pytest.mark.loss
+def test_both_streams_of_teacher_forcing_know_the_actions():
+    model, (x, past) = random_denoiser(action_dim=2), torch.randn(2, 1, 3, 3, 8, 8)
+    sigma, actions = torch.ones(1, 3), torch.randn(1, 3, 2)
+    together, _ = model(x, sigma, actions=actions, history=(past, sigma))
+    _, state = model(past[:, :2], sigma[:, :2], actions=actions[:, :2])
+    alone, _ = model(x[:, 2:], sigma[:, 2:], state, actions=actions[:, 2:], commit=0)
+    assert torch.allclose(together[:, 2], alone[:, 0], atol=1e-5), "clean and noisy frame t have the same action"
+
+
+@pytest.mark.loss
+def test_a_history_needs_a_causal_model_and_no_state():
+    x, sigma = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
+    model, both_ways = random_denoiser(), random_denoiser(causal=False)
+    refused("history and state at once", model, x, sigma, model(x, sigma)[1], history=(x, sigma))
+    refused("history for a model that sees the future", both_ways, x, sigma, history=(x, sigma))
 
 
 # ---- 5. schedules ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.schedule
-def test_sigmas_by_hand():
+def test_levels_are_those_of_edm():
     config = tiny(sigma_min=0.02, sigma_max=80.0, rho=7.0)
     sigma = df.karras_sigmas(4, config) / units(config)
     third = ((0.02 ** (1 / 7) * 1 + 80 ** (1 / 7) * 2) / 3) ** 7
     assert sigma[0] == 0 and len(sigma) == 5, "level 0 is no noise, level S the most: S + 1 levels"
-    assert sigma[1:].tolist() == pytest.approx([0.02, ((0.02 ** (1 / 7) * 2 + 80 ** (1 / 7)) / 3) ** 7, third, 80], rel=1e-4)
+    second = ((0.02 ** (1 / 7) * 2 + 80 ** (1 / 7) * 1) / 3) ** 7
+    assert sigma[1:].tolist() == pytest.approx([0.02, second, third, 80], rel=1e-4), "EDM, eq. 5: even steps of sigma^(1/rho)"
     assert df.karras_sigmas(1, config)[1] == pytest.approx(80 * units(config)), "a single step starts at sigma_max"
 
 
@@ -274,8 +332,7 @@ def test_matrix_comes_down_one_level_at_a_time(kind, u):
 @pytest.mark.schedule
 @pytest.mark.parametrize("arguments", [("none", 4, 4), ("pyramid", 0, 4), ("pyramid", 4, 0), ("pyramid", 4, 4, -1.0)])
 def test_impossible_matrices_are_refused(arguments):
-    with pytest.raises(ValueError):
-        df.scheduling_matrix(*arguments)
+    refused(f"a matrix of {arguments}", df.scheduling_matrix, *arguments)
 
 
 # ---- 6. sampling and rollout ----------------------------------------------------------------------------------------
@@ -301,7 +358,8 @@ def test_the_network_is_told_the_level_of_every_frame_in_flight_and_sees_no_othe
         call, finished = next(calls), now.count(0)
         flying = [k for k, after in zip(now, then) if k > 0 and after < 4]
         told = [context_noise] * (finished - entered) + [float(levels[k]) for k in flying]
-        assert call["sigma"][0].tolist() == pytest.approx(told), f"row {now}: new finished frames, then those in flight"
+        assert call["sigma"][0].tolist() == pytest.approx(told), \
+            f"row {now}: context noise for new finished frames, then levels[K] of those in flight (units?)"
         assert call["commit"] == finished - entered, f"row {now}: exactly the newly finished frames enter the state"
         assert (call["state"] or 0) == entered, f"row {now}: the state holds every finished frame once"
         entered = finished
@@ -414,6 +472,58 @@ def test_actions_go_with_their_frames():
     assert all(len(a) == c["x"].shape[1] for a, c in zip(told, spy.calls)), "one row for every frame shown"
 
 
+@pytest.mark.sampler
+def test_noise_is_shared_by_no_clips_frames_or_channels():
+    spy, x = Spy(), torch.zeros(2, 3, 3, 8, 8)
+    df.diffusion_forcing_loss(spy, x, spy.config)
+    list(df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 1), 4, x))
+    for call in spy.calls[:2]:
+        z = (call["x"] / call["sigma"][..., None, None, None]).flatten(3).flatten(0, 2)
+        assert torch.corrcoef(z).triu(1).abs().max() < 0.7, "noise shared by clips, frames or channels: the shape of randn?"
+
+
+@pytest.mark.sampler
+def test_context_noise_is_not_the_noise_that_a_frame_began_with():
+    spy = Spy()  # its frames end at 0, so that only noise is seen
+    list(df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 2), 2))
+    began = spy.calls[0]["x"][:, 0].flatten()
+    remembered = next(c["x"][:, 0].flatten() for c in spy.calls if c["commit"])
+    assert abs(torch.corrcoef(torch.stack([began, remembered]))[0, 1]) < 0.4, "each frame has two draws: first, and as history"
+
+
+@pytest.mark.sampler
+def test_every_call_of_heun_has_the_state_and_the_actions_of_its_frames():
+    spy, actions = Spy(action_dim=1), torch.arange(12.0).view(2, 6, 1)
+    K = df.scheduling_matrix("autoregressive", 1, 3)
+    list(df.rollout(spy, K, 6, torch.zeros(2, 1, 3, 8, 8), actions=actions, solver="heun"))
+    for call in spy.calls:
+        start = call["state"] or 0
+        assert torch.equal(call["actions"], actions[:, start : start + call["x"].shape[1]]), "actions of other frames or clips"
+    for call, following in zip(spy.calls, spy.calls[1:]):
+        if call["commit"]:
+            assert following["state"] == (call["state"] or 0) + call["commit"], "the second call starts from the new state"
+
+
+@pytest.mark.sampler
+def test_a_rollout_keeps_no_graph():
+    out = df.sample(random_denoiser(), df.scheduling_matrix("pyramid", 2, 2))
+    assert not out.requires_grad, "without no_grad every frame keeps the graph of all frames before it"
+
+
+@pytest.mark.sampler
+def test_a_frame_is_given_out_as_soon_as_it_is_finished():
+    spy = Spy()
+    calls = [len(spy.calls) for _ in df.rollout(spy, df.scheduling_matrix("autoregressive", 4, 3), 4)]
+    assert calls == [3, 6, 9, 12], "frames are held back until their tile ends: yield inside the loop over rows"
+
+
+@pytest.mark.sampler
+def test_only_finished_frames_without_unfinished_ones_before_them_enter_the_state():
+    spy = Spy(causal=False)  # whoever sees both ways may finish the last frame first
+    df.sample(spy, torch.tensor([[2, 2], [2, 1], [2, 0], [1, 0], [0, 0]]))
+    assert all(call["commit"] == 0 for call in spy.calls), "a frame in flight entered the state: count zeros in front only"
+
+
 class JointGaussian:
     """E[x | all noisy frames] for frames of one pixel with covariance C; its state: committed frames and sigmas."""
 
@@ -465,7 +575,7 @@ def test_with_a_causal_denoiser_only_autoregressive_is_exact():
 
 @pytest.mark.sampler
 @pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2)])
-def test_order_of_the_solver(solver, order):
+def test_euler_is_of_first_order_and_heun_of_second(solver, order):
     """One Gaussian frame: the exact solution at sigma_min is x scaled by sqrt(sd^2 + sigma^2), in closed form."""
     errors = []
     for S in (16, 32):
@@ -489,15 +599,19 @@ def test_order_of_the_solver(solver, order):
 
 
 @pytest.mark.sampler
-def test_what_rollout_refuses():
+def test_rollout_refuses_what_it_cannot_do():
     spy, K = Spy(), df.scheduling_matrix("autoregressive", 2, 2)
-    for wrong, options in [
-        (K.flip(0), {}), (K.flip(1), {}), (K[:-1], {}),
-        (K, dict(num_frames=0)), (K, dict(solver="rk45")), (K, dict(actions=torch.zeros(1, 3, 1))),
-        (K, dict(context=torch.zeros(1, 2, 3, 4, 4))), (K, dict(context=torch.zeros(1, 9, 3, 8, 8))),
+    clip = torch.zeros(1, 2, 3, 8, 8)
+    for what, wrong, options in [
+        ("a matrix upside down", K.flip(0), {}), ("a level that rises", torch.tensor([[2], [1], [2], [0]]), {}),
+        ("a frame cleaner than the one before it", K.flip(1), {}),
+        ("a matrix that does not end at 0", K[:-1], {}), ("a matrix that does not begin at S", K[1:], {}),
+        ("a rollout of no frame", K, dict(num_frames=0)), ("an unknown solver", K, dict(solver="rk45")),
+        ("4 frames with 3 rows of actions", K, dict(actions=torch.zeros(1, 3, 1))),
+        ("context of another size", K, dict(context=clip[..., :4])), ("2 frames after 2 of context, 1 in all", K,
+                                                                      dict(context=clip, num_frames=1)),
     ]:
-        with pytest.raises(ValueError):
-            df.rollout(spy, wrong, **(dict(num_frames=4) | options))
+        refused(what, df.rollout, spy, wrong, **(dict(num_frames=4) | options))
 
 
 # ---- 7. the denoiser: causal, streaming -----------------------------------------------------------------------------
@@ -525,7 +639,66 @@ def test_clips_of_a_batch_do_not_meet():
     model, x, sigma = random_denoiser(), torch.randn(3, 4, 3, 8, 8), torch.rand(3, 4) + 0.1
     together, _ = model(x, sigma)
     for b in range(3):
-        assert torch.allclose(together[b : b + 1], model(x[b : b + 1], sigma[b : b + 1])[0], atol=1e-5), "clips got mixed up"
+        alone, _ = model(x[b : b + 1], sigma[b : b + 1])
+        assert torch.allclose(together[b : b + 1], alone, atol=1e-5), "a clip depends on its neighbours in the batch: axes of a reshape mixed up?"
+
+
+@pytest.mark.causality
+def test_an_action_changes_its_own_clip_from_its_frame_on():
+    model, x, sigma = random_denoiser(action_dim=2), torch.randn(2, 3, 3, 8, 8), torch.ones(2, 3)
+    none = torch.zeros(2, 3, 2)
+    one = none.clone()
+    one[1, 1] = 1
+    still, moved = model(x, sigma, actions=none)[0], model(x, sigma, actions=one)[0]
+    assert torch.allclose(model(x, sigma)[0], still), "no actions are zeros"
+    changed = ((moved - still).abs().amax((2, 3, 4)) > 1e-5).tolist()
+    assert changed == [[False, False, False], [False, True, True]], "actions ignored, or given to another clip or frame"
+
+
+@pytest.mark.causality
+def test_the_network_can_tell_noise_levels_apart():
+    model, x = random_denoiser(), torch.randn(1, 1, 3, 8, 8)
+    a, b, c = (model.network(x, torch.full((1, 1), label), None, None, None, False)[0] for label in (-1.0, -0.9, 1.0))
+    assert not torch.allclose(a, c, atol=1e-3), "F ignores c_noise: does its embedding reach the blocks?"
+    assert not torch.allclose(a, b, atol=1e-4), "F cannot tell near levels apart: frequencies too low"
+
+
+@pytest.mark.causality
+def test_frames_meet_at_the_same_location_only():
+    block, x = df.Block(8, 8, 8, tiny()), torch.randn(2, 8, 3, 5, requires_grad=True)
+    torch.nn.init.normal_(block.mixer.out.weight)
+    block.spatial.forward = lambda x, emb: x
+    out, _ = block(x, None, 1, None, None, False)
+    seen = torch.autograd.grad(out[1, :, 1, 3].sum(), x)[0][0].abs().sum(0) > 0
+    assert seen.nonzero().tolist() == [[1, 3]], "frame 1 sees frame 0 elsewhere: the axes of permute and reshape?"
+
+
+@pytest.mark.causality
+def test_branches_begin_as_no_change():
+    block, res, x = df.Block(8, 8, 8, tiny()), df.ResBlock(8, 8, 8), torch.randn(2, 8, 4, 4)
+    assert torch.equal(res(x, torch.randn(2, 8)), x), "a new ResBlock changes nothing: skip lost, or no zero layer?"
+    block.spatial.forward = lambda x, emb: x
+    assert torch.equal(block(x, None, 1, None, None, False)[0], x), "a new mixer changes nothing: residual lost?"
+
+
+@pytest.mark.causality
+def test_skips_reach_the_decoder():
+    model, seen = random_denoiser(), []
+    model.encoder[0].register_forward_hook(lambda module, x, out: seen.append(out[0]))
+    model.decoder[0].register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    model(torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1))
+    assert torch.equal(seen[1][:, 8:], seen[0]), "the decoder gets what came up from below, and its level's skip"
+
+
+@pytest.mark.causality
+def test_spatial_attention_by_its_formula():
+    m, x = df.SpatialAttention(16, 8), torch.randn(2, 16, 2, 3)
+    torch.nn.init.normal_(m.out.weight)
+    q, k, v = m.qkv(m.norm(x)).flatten(2).view(2, 3, 2, 8, 6).unbind(1)  # (N,heads,d,hw) each
+    share = (torch.einsum("nhdi,nhdj->nhij", q, k) / 8**0.5).softmax(-1)
+    y = torch.einsum("nhij,nhdj->nhdi", share, v).reshape(2, 16, 2, 3)
+    assert torch.allclose(m(x), x + m.out(y), atol=1e-5), "x + softmax(q k / sqrt(d)) v, over locations, head by head"
+    assert random_denoiser().middle.attend is not None, "the lowest level has spatial attention"
 
 
 @pytest.mark.streaming
@@ -602,7 +775,7 @@ def mixer(kind, **options):
 @pytest.mark.attention
 @pytest.mark.parametrize("window", [1, 3, 20])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_band_frame_by_frame(window, causal):
+def test_a_frame_sees_the_last_window_frames(window, causal):
     m, x = mixer("attention", window=window, causal=causal), torch.randn(1, 9, 16, requires_grad=True)
     out, _ = m(x)
     for i in range(9):
@@ -612,7 +785,7 @@ def test_the_band_frame_by_frame(window, causal):
 
 
 @pytest.mark.attention
-def test_two_streams_frame_by_frame():
+def test_each_stream_sees_the_clean_frames_it_may():
     m, T, window = mixer("attention", window=3), 6, 3
     x = torch.randn(1, 2 * T, 16, requires_grad=True)
     out, _ = m(x, two_streams=True)
@@ -629,6 +802,24 @@ def test_rotary_depends_on_distance_alone():
     score = lambda i, j: (df.rotary(q, torch.tensor([i])) * df.rotary(k, torch.tensor([j]))).sum()
     assert torch.allclose(score(3, 1), score(9, 7), atol=1e-5), "rotary scores depend on i - j alone"
     assert not torch.allclose(score(3, 1), score(3, 2)), "and they do depend on it"
+
+
+@pytest.mark.attention
+def test_rotary_turns_the_first_pair_fast_and_the_last_slowly():
+    x = torch.zeros(1, 1, 1, 8)
+    x[..., :4] = 1
+    y = df.rotary(x, torch.tensor([1]))[0, 0, 0]
+    expected = [math.pi / 2 * 1000 ** (-i / 4) for i in range(4)]
+    assert torch.atan2(y[4:], y[:4]).tolist() == pytest.approx(expected, rel=1e-3), "pair i: pi/2 1000^(-i/half) a frame"
+
+
+@pytest.mark.attention
+def test_attention_by_its_formula():
+    m, x, t = mixer("attention"), torch.randn(1, 4, 16), torch.arange(4)
+    q, k, v = m.qkv(x).view(1, 4, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (1,heads,T,d) each
+    score = df.rotary(q, t) @ df.rotary(k, t).transpose(2, 3) / 8**0.5
+    y = score.masked_fill(t[:, None] < t, -math.inf).softmax(-1) @ v
+    assert torch.allclose(m(x)[0], m.out(y.transpose(1, 2).reshape(1, 4, 16)), atol=1e-5), "softmax(q k / sqrt(d)) v"
 
 
 @pytest.mark.attention
@@ -674,11 +865,11 @@ def test_gru_two_streams_step_from_the_state_before():
         assert torch.allclose(out[:, t], expected[:, 0], atol=1e-5), "the clean stream never sees the noisy one"
 
 
+@pytest.mark.checkpoint
 @pytest.mark.parametrize("wrong", [dict(height=30), dict(dim=12, head_dim=8), dict(temporal="lstm"), dict(context_noise=0.0),
                                    dict(sigma_min=90.0), dict(causal=False, temporal="gru"), dict(data_mean=(0.0,))])
 def test_configs_that_cannot_work_are_refused(wrong):
-    with pytest.raises(ValueError):
-        tiny(**wrong)
+    refused(f"a Config with {wrong}", tiny, **wrong)
 
 
 # ---- 10. checkpoints ------------------------------------------------------------------------------------------------
@@ -686,13 +877,26 @@ def test_configs_that_cannot_work_are_refused(wrong):
 
 @pytest.mark.checkpoint
 @pytest.mark.parametrize("temporal", MIXERS)
-def test_checkpoint_round_trip(tmp_path, temporal):
+def test_a_checkpoint_gives_back_the_same_model(tmp_path, temporal):
     model, x, sigma = random_denoiser(temporal=temporal), torch.randn(1, 3, 3, 8, 8), torch.rand(1, 3) + 0.1
     df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict(), step=7)
     loaded, extra = df.load_checkpoint(tmp_path / "m.pt")
-    assert loaded.config == model.config and extra == {"step": 7}
+    assert loaded.config == model.config and extra == {"step": 7}, "config or extras come back changed"
     assert torch.equal(loaded(x, sigma)[0], model(x, sigma)[0]), "weights or config got lost"
     assert os.listdir(tmp_path) == ["m.pt"], "the file that was written aside is renamed, not left"
+
+
+@pytest.mark.checkpoint
+def test_a_checkpoint_lacks_nothing_and_is_ready_to_use(tmp_path):
+    model = random_denoiser()
+    weights = dict(model.state_dict())
+    df.save_checkpoint(tmp_path / "m.pt", model.config, weights)
+    assert not df.load_checkpoint(tmp_path / "m.pt")[0].training, "a loaded model is in eval mode"
+    weights.pop("stem.weight")
+    df.save_checkpoint(tmp_path / "m.pt", model.config, weights)
+    refused("a checkpoint without one of its weights", df.load_checkpoint, tmp_path / "m.pt")
+    with pytest.raises(FileNotFoundError):
+        df.load_checkpoint(tmp_path / "none.pt")
 
 
 @pytest.mark.checkpoint
@@ -702,12 +906,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     def full(obj, file):
         Path(file).write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise RuntimeError("unexpected pos 1 vs 0")  # what torch says when the disk is full
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
         df.save_checkpoint(path, model.config, model.state_dict(), step=2)
-    assert df.load_checkpoint(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["m.pt"]
+    assert df.load_checkpoint(path)[1] == {"step": 1}, "a save that failed must leave the old file whole: write aside"
+    assert os.listdir(tmp_path) == ["m.pt"], "what was half written aside is removed"
 
 
 @pytest.mark.checkpoint
@@ -779,7 +984,7 @@ def test_batches_and_noise_depend_on_seed_step_and_rank_alone():
 @pytest.mark.cli
 @pytest.mark.parametrize("text", ["1e-3", "0.5", "2"])
 def test_rates_are_read_however_they_are_written(text):
-    assert sample.positive_float(text) == float(text)
+    assert sample.positive_float(text) == float(text), "a number above 0, in any notation"
 
 
 @pytest.mark.cli
@@ -790,21 +995,29 @@ def test_learning_rate_warms_up_from_step_zero():
     assert train.learning_rate(999, 0.999, s) < 0.01, "it ends near zero"
 
 
-def train_here(monkeypatch, folder, *words, interrupt_at=None):
-    """train.main() in this process, with a rollout short enough for tests; optionally Ctrl-C after some step."""
-    real_step, real_preview = train.train_step, train.preview
+def train_here(monkeypatch, folder, *words, interrupt_at=None, die_at=None, nan_at=None):
+    """train.main() in this process, with a rollout short enough for tests, saving every 20 steps; optionally Ctrl-C,
+    sudden death instead of saving, or a loss that is no number at some step."""
+    real_step, real_save, real_preview = train.train_step, train.save, train.preview
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def step(run, *args):
         loss = real_step(run, *args)
         if run.step == interrupt_at:
             signal.raise_signal(signal.SIGINT)
-        return loss
+        return loss * math.nan if run.step == nan_at else loss
+
+    def save(run, *args):
+        if run.step == die_at:
+            raise SystemExit("dead")
+        real_save(run, *args)
 
     with monkeypatch.context() as m:
         m.chdir(folder)
         m.setattr(train, "train_step", step)
+        m.setattr(train, "save", save)
         m.setattr(train, "preview", lambda name, model, data, frames, s: real_preview(name, model, data, 5, s))
+        m.setitem(train.PRESETS, "small", train.PRESETS["small"] | dict(save_minutes=0))
         m.setattr(sys, "argv", ["train.py", *"--size 16 --clip-frames 4 --batch 2 --device cpu".split(), *words])
         try:
             train.main()
@@ -813,24 +1026,79 @@ def train_here(monkeypatch, folder, *words, interrupt_at=None):
                 signal.signal(number, handler)
 
 
+def log_without_times(path):
+    return [line.split(",")[:6] for line in path.read_text().splitlines()]
+
+
 @pytest.mark.cli
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-    train_here(monkeypatch, tmp_path / "whole", "--steps", "8")
+    train_here(monkeypatch, tmp_path / "whole", "--steps", "62")
     with pytest.raises(SystemExit, match="--resume"):
-        train_here(monkeypatch, tmp_path / "broken", "--steps", "8", interrupt_at=4)
+        train_here(monkeypatch, tmp_path / "broken", "--steps", "62", interrupt_at=9)
+    with pytest.raises(SystemExit, match="dead"):  # what came after step 20 is lost, and done again
+        train_here(monkeypatch, tmp_path / "broken", "--resume", die_at=40)
     train_here(monkeypatch, tmp_path / "broken", "--resume")
     for file in ("model.pt", "model.resume.pt"):
         a, b = (torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "broken"))
         for key in ("weights", "ema"):
             for weight in a.get(key, {}):
                 assert torch.equal(a[key][weight], b[key][weight]), f"{file}: {weight} differs after Ctrl-C and --resume"
-        assert a["step"] == b["step"] == 8
+        assert a["step"] == b["step"] == 62, f"{file}: --steps counts the steps before the interruption too"
+    logs = [log_without_times(tmp_path / name / "model.csv") for name in ("whole", "broken")]
+    assert logs[0] == logs[1] and len(logs[0]) == 4, "the log is that of an unbroken run: cut to the saved step on --resume"
     average, raw = (torch.load(tmp_path / "whole" / "model.resume.pt", weights_only=True)[k] for k in ("ema", "weights"))
     shipped = df.load_checkpoint(tmp_path / "whole" / "model.pt")[0].state_dict()
     assert all(torch.equal(shipped[k], average[k]) for k in shipped), "model.pt holds the moving average"
     assert any(not torch.equal(shipped[k], raw[k]) for k in shipped), "and not the raw weights"
+
+
+@pytest.mark.cli
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, tmp_path, "--steps", "40", nan_at=25)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step 24 is nan" in said and "sigma" in said and "two balls" in said, f"step, clips and sigmas, not: {said}"
+    model, extra = df.load_checkpoint(tmp_path / "model.resume.pt")
+    assert extra["step"] == 20 and all(p.isfinite().all() for p in model.parameters()), "the last good state stays"
+
+
+@pytest.mark.cli
+def test_resuming_with_other_settings_says_which_differ(tmp_path, monkeypatch, capsys):
+    train_here(monkeypatch, tmp_path, "--steps", "1")
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, tmp_path, "--resume", "--window", "3", "--temporal", "gru")
+    said = capsys.readouterr().err
+    for words in ("--window 4, not 3", "--temporal attention, not gru", "--steps"):
+        assert words in said, f"say what differs, and what may: {said}"
+
+
+@pytest.mark.cli
+def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys):
+    clips, clip = tmp_path / "clips", balls(1, 8)[0]
+    clips.mkdir()
+    np.save(clips / "good.npy", clip)
+    np.save(clips / "floats.npy", clip / np.float32(255))
+    np.save(clips / "nan.npy", np.full((8, 16, 16, 3), np.nan))
+    np.save(clips / "objects.npy", np.array([{}] * 8), allow_pickle=True)
+    np.save(clips / "short.npy", clip[:3])
+    (clips / "text.mp4").write_text("no video")
+    (clips / "script.mp4").write_text("ffconcat version 1.0\nfile /etc/passwd\n")  # would have ffmpeg open another file
+    (clips / "dead.mp4").symlink_to("nowhere")
+    os.mkfifo(clips / "pipe.mp4")  # whoever opens it waits for ever
+    (clips / ".hidden.mp4").write_text("ignored")
+    data = train.Clips(clips, 4, 16, 1, tmp_path / "cache", 0.5)
+    said = capsys.readouterr().out
+    for name, reason in [("nan", "NaN"), ("objects", "numbers"), ("short", "3 frames; 4 are needed"), ("text", "moov"),
+                         ("script", "whitelist"), ("dead", "No such file"), ("pipe", "neither a file")]:
+        line = [line for line in said.splitlines() if f"{name}." in line]
+        assert len(line) == 1 and line[0].startswith("skipped") and reason in line[0], f"{name}: one line with the reason"
+    assert "hidden" not in said and "2 clips (1 held out), 16 frames" in said, said
+    assert (np.load(data.clips[0][1]) == clip).all(), "floats in 0..1 are bytes / 255"
+    kept, held = ({str(data.clips[i][0]) for i in data.choose(np.random.default_rng(0), 99, h)} for h in (False, True))
+    assert len(kept) == len(held) == 1 and kept != held, "clips are held out whole"
+    assert set(data.names(np.random.default_rng(0), 9)) == kept, "a batch can be asked which clips it is of"
 
 
 @pytest.mark.cli
@@ -839,7 +1107,7 @@ def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
     clips = tmp_path / "clips"
     (clips / "deep" / "images").mkdir(parents=True)
     for name in ("a.mp4", "b.gif", "deep/c.webm", "d.npy", "short.npy"):
-        writer = sample.VideoWriter(clips / name, 2 if "short" in name else 8, 24, 24)
+        writer = sample.VideoWriter(clips / name, 24, 24)
         for frame in balls(1, 2 if "short" in name else 8, 24)[0]:
             writer.write(frame)
         writer.close()
@@ -848,10 +1116,11 @@ def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
                         "20x20", "-i", "-", clips / "deep" / "images" / f"frame{i}.png"], input=frame.tobytes(), check=True)
     (clips / "notes.mp4").write_text("not a video")
     np.save(clips / "a.actions.npy", np.ones((8, 2), np.float32))
-    flags = "--data clips --steps 3 --size 16 --clip-frames 4 --batch 2 --cache cache --device cpu".split()
+    flags = "--data clips --steps 3 --size 16 --clip-frames 4 --temporal gru --cache cache --device cpu".split()
     out = run("train.py", *flags, cwd=tmp_path)
-    assert "5 clips, 43 frames, 2 actions" in out and "short.npy" in out and "notes.mp4" in out, out
-    assert {"model.pt", "model.resume.pt", "model.csv", "model.rollout.mp4"} <= set(os.listdir(tmp_path))
+    assert "5 clips (0 held out), 43 frames, 2 actions" in out and "short.npy" in out and "notes.mp4" in out, out
+    missing = {"model.pt", "model.resume.pt", "model.csv", "model.rollout.mp4"} - set(os.listdir(tmp_path))
+    assert not missing, f"train.py did not write {missing}"
     for suffix in (".mp4", ".gif", ".webm", ".npy"):
         run("sample.py", "--frames", 7, "--context", clips / "a.mp4", "--context-frames", 2, "--steps", 2, "--scale", 1,
             "--out", f"out{suffix}", "--device", "cpu", cwd=tmp_path)
@@ -903,14 +1172,27 @@ def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
     df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
     run("sample.py", "--frames", 3, "--batch", 2, "--steps", 2, "--schedule", "pyramid", "--tile", 2, "--out", f"o{suffix}",
         "--device", "cpu", cwd=tmp_path)
-    assert {f"o_0{suffix}", f"o_1{suffix}"} <= set(os.listdir(tmp_path))
+    assert {f"o_0{suffix}", f"o_1{suffix}"} <= set(os.listdir(tmp_path)), "--batch N writes N files"
     if suffix == ".npy":
         a, b = (np.load(tmp_path / f"o_{i}.npy") for i in (0, 1))
         assert a.shape == b.shape == (3, 8, 8, 3) and (a != b).any(), "each rollout has noise of its own"
 
 
 @pytest.mark.cli
-def test_the_table_that_readers_ask_about(tmp_path):
+def test_context_noise_reaches_the_memory(tmp_path):
+    df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
+    np.save(tmp_path / "clip.npy", balls(1, 4, 8)[0])
+    clips = []
+    for words in ("", "--context-noise 0.05", "--context-noise 2"):
+        words = f"--context clip.npy --frames 5 --steps 2 --out o.npy --device cpu {words}"
+        run("sample.py", *words.split(), cwd=tmp_path)
+        clips.append(np.load(tmp_path / "o.npy"))
+    assert (clips[0] == clips[1]).all(), "the default is the checkpoint's, 0.05"
+    assert (clips[0][:4] == clips[2][:4]).all() and (clips[0][4] != clips[2][4]).any(), "the frame after hazy ones differs"
+
+
+@pytest.mark.cli
+def test_show_schedule_prints_the_table_that_readers_ask_about(tmp_path):
     out = run("sample.py", *"--show-schedule --context-frames 2 --frames 4 --steps 10".split(), cwd=tmp_path)
     expected = [f"0 0 {k}" for k in range(10, -1, -1)] + [f"0 0 0 {k}" for k in range(10, -1, -1)]
     assert out.splitlines() == expected, "rows of the autoregressive matrix, zeros in front for what is done"

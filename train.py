@@ -16,7 +16,9 @@ below) and, at the end, model.rollout.mp4 (the same for 256 frames).
 
 import argparse
 import copy
+import dataclasses
 import hashlib
+import math
 import os
 import shlex
 import signal
@@ -30,14 +32,14 @@ import torch
 from tqdm import tqdm
 
 from diffusion_forcing import (FORCINGS, Config, Denoiser, diffusion_forcing_loss, load_checkpoint,
-                               rollout, save_checkpoint, scheduling_matrix)
-from sample import (VideoWriter, fail, find_device, list_images, positive, positive_float,
+                               rollout, sample_noise_levels, save_checkpoint, scheduling_matrix)
+from sample import (VideoWriter, explain, fail, find_device, list_images, positive, positive_float,
                     read_actions, read_clip, side_file, to_bytes, to_frames)
 
 DEFAULTS = dict(data=None, clip_frames=16, stride=1, temporal="attention", forcing="diffusion",
-                seed=0, cache=str(Path.home() / ".cache" / "diffusion_forcing"))
+                seed=0, val=0.1, cache=str(Path.home() / ".cache" / "diffusion_forcing"))
 PRESETS = {  # small: for anything, and for the balls. base: some tens of millions, for a GPU.
-    "small": dict(size=32, batch=4, lr=4e-3, warmup=100, ema=0.995, steps=None, minutes=8.0,
+    "small": dict(size=32, batch=2, lr=3e-3, warmup=100, ema=0.995, steps=None, minutes=8.0,
                   dim=32, dim_mults=(1, 2), fast=False, save_minutes=2),
     "base": dict(size=64, batch=32, lr=3e-4, warmup=1000, ema=0.9995, steps=200_000, minutes=None,
                  dim=128, dim_mults=(1, 2, 3, 4), fast=True, save_minutes=10),
@@ -46,7 +48,8 @@ VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
 CONTEXT = 4  # real frames that a preview goes on from
 
 
-# ---- data: batch(rng, n) -> clips (n, T, H, W, 3) uint8, actions (n, T, A) or None ---------------
+# ---- data: batch(rng, n) -> clips (n, T, H, W, 3) uint8, actions (n, T, A) or None. held=True: of
+#      the clips that are held out from training ---------------------------------------------------
 
 
 def bouncing_balls(num_clips, num_frames, rng, size=32, radius=3.5, substeps=8):
@@ -80,27 +83,31 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=3.5, substeps=8):
 
 
 class Balls:
-    action_dim = 0
+    action_dim, mark = 0, "balls"
 
     def __init__(self, num_frames, size):
         self.num_frames, self.size = num_frames, size
 
-    def batch(self, rng, n, num_frames=None):
+    def names(self, rng, n):
+        return ["two balls"] * n
+
+    def batch(self, rng, n, num_frames=None, held=False):  # no clip is ever seen twice
         return bouncing_balls(n, num_frames or self.num_frames, rng, self.size), None
 
 
 class Clips:
     """A folder of clips. Each is decoded once and memory-mapped: training waits for no decoder."""
 
-    def __init__(self, folder, num_frames, size, stride, cache):
+    def __init__(self, folder, num_frames, size, stride, cache, val):
         self.num_frames, self.stride = num_frames, stride
-        self.clips, self.lengths, self.actions = [], [], []
+        self.clips, self.lengths, self.actions = [], [], []  # clips: (file, decoded file)
         self.need = (num_frames - 1) * stride + 1  # frames of a clip that a training clip spans
         if not Path(folder).is_dir():
             fail(f"--data {folder}: there is no such folder")
         files, skipped = find_clips(folder), []
         if files:
-            print(f"decoding {len(files)} clips to {size}x{size} into {cache}, once")
+            print(f"{len(files)} clips are decoded to {size}x{size} into {cache}, once "
+                  f"({3 * size**2 / 1e3:.0f} MB for 1000 frames)")
         for file in tqdm(files, unit=" clips", desc="clips"):
             try:
                 path, side = cached_clip(file, size, cache), side_file(file)
@@ -111,31 +118,42 @@ class Clips:
                 if rows is not None and len(rows) < len(clip):
                     raise ValueError(f"{side}: {len(rows)} rows for {len(clip)} frames")
             except (OSError, ValueError) as error:
-                skipped.append(error)
+                skipped.append(explain(error))
             else:
-                self.clips.append(path)
+                self.clips.append((file, path))
                 self.lengths.append(len(clip))
                 self.actions.append(rows)
-        print(*(f"skipped {error}" for error in skipped), sep="\n", end="\n" if skipped else "")
+        print(*(f"skipped {reason}" for reason in skipped), sep="\n", end="\n" if skipped else "")
         widths = {rows.shape[1] for rows in self.actions if rows is not None}
         if not self.clips or len(widths) > 1:
             fail(f"{folder}: actions of different widths {sorted(widths)}" if self.clips else
                  f"{folder}: no clip of {self.need} or more frames")
         self.action_dim = max(widths, default=0)
         windows = np.array(self.lengths) - self.need + 1
-        self.share = windows / windows.sum()
-        print(f"{len(self.clips)} clips, {sum(self.lengths)} frames, "
+        every = round(1 / val) if val else len(windows) + 1
+        held = (np.arange(len(windows)) + 1) % every == 0  # whole clips
+        share = {False: windows * ~held, True: windows * held if held.any() else windows}
+        self.share = {k: w / w.sum() for k, w in share.items()}  # by length
+        self.mark = hashlib.sha256(repr(self.clips).encode()).hexdigest()  # of all that is in it
+        print(f"{len(self.clips)} clips ({held.sum()} held out), {sum(self.lengths)} frames, "
               f"{self.action_dim} actions; {len(skipped)} skipped")
 
-    def batch(self, rng, n, num_frames=None):
+    def choose(self, rng, n, held=False):
+        return rng.choice(len(self.clips), n, p=self.share[held])
+
+    def names(self, rng, n):
+        """The files that batch(rng, n) would take."""
+        return [str(self.clips[i][0]) for i in self.choose(rng, n)]
+
+    def batch(self, rng, n, num_frames=None, held=False):
         clips, actions = [], []
-        for i in rng.choice(len(self.clips), n, p=self.share):
+        for i in self.choose(rng, n, held):
             rows, length = self.actions[i], self.lengths[i]
             start = rng.integers(length - self.need + 1)
             at = start + np.arange(num_frames or self.num_frames) * self.stride
             at = np.minimum(at, length - 1)  # too short for a preview: it stands still
             # opened anew each time: thousands of open files are more than systems allow
-            clips.append(np.load(self.clips[i], mmap_mode="r", allow_pickle=False)[at])
+            clips.append(np.load(self.clips[i][1], mmap_mode="r", allow_pickle=False)[at])
             actions.append(np.zeros((len(at), self.action_dim)) if rows is None else rows[at])
         return np.stack(clips), np.stack(actions).astype(np.float32) if self.action_dim else None
 
@@ -156,7 +174,7 @@ def find_clips(folder):
 def cached_clip(file, size, cache):
     """-> path of a .npy, uint8 (T, size, size, 3), named by all that its content depends on."""
     parts = list_images(file) if file.is_dir() else [file]
-    about = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+    about = [(os.path.abspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
     key = f"{about} {size}"
     path = cache / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".npy")
     if not path.exists():
@@ -168,10 +186,16 @@ def cached_clip(file, size, cache):
     return path
 
 
-def draw(data, seed, step, batch, rank=0):
-    """All that is random in a step, from (seed, step, rank) alone: noise seed, clips, actions."""
+def dice(seed, step, rank=0):
+    """All that is random in a step, from (seed, step, rank) alone: for the noise, for the clips."""
     rng = np.random.default_rng((seed, step, rank))
-    return int(rng.integers(2**62)), *data.batch(rng, batch)
+    return int(rng.integers(2**62)), rng
+
+
+def draw(data, seed, step, batch, rank=0, held=False):
+    """-> noise seed, clips, actions of a step."""
+    noise_seed, rng = dice(seed, step, rank)
+    return noise_seed, *data.batch(rng, batch, held=held)
 
 
 def measure(data, seed):
@@ -208,6 +232,7 @@ def parse_args():
     add("--temporal", choices=("attention", "gru"), help="temporal mixer (default: attention)")
     add("--forcing", choices=FORCINGS, help="training paradigm (default: diffusion)")
     add("--seed", type=int, help="of weights, batches and noise (default: 0)")
+    add("--val", type=float, help="share of clips held out for validation (default: 0.1)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--cache", help="folder of decoded clips (default: ~/.cache/diffusion_forcing)")
     add("--no-compile", action="store_true", default=None,
@@ -229,29 +254,39 @@ def settle(args):
         fail(f"{args.out} exists: --resume goes on with it, --overwrite starts anew")
     if args.resume:
         try:
-            stored = load_checkpoint(resume)[1]["settings"]
+            saved = load_checkpoint(resume)[1]
         except (OSError, ValueError) as error:
-            fail(error)
-        free = ("steps", "minutes", "device", "cache", "no_compile", "out", "resume", "overwrite")
-        for k in given:
-            if k not in free and given[k] != stored[k]:
-                fail(f"--{k.replace('_', '-')} {given[k]}: {resume} was made with {stored[k]}")
+            fail(explain(error))
+        if "mark" not in saved:
+            fail(f"{resume} is not of this version of train.py: --overwrite starts anew")
+        stored = saved["settings"]
+        free = "steps minutes lr device cache no_compile out resume overwrite".split()
+        flag = lambda k: "--" + k.replace("_", "-")
+        differ = [f"{flag(k)} {stored[k]}, not {v}" for k, v in given.items()
+                  if k not in free and v != stored.get(k)]
+        if differ:
+            fail(f"{resume} was made with {'; '.join(differ)}. What may change on the way: "
+                 f"{', '.join(map(flag, free[:6]))}")
     if args.steps or args.minutes:  # the length that is asked for, and no other
         stored = stored | dict(steps=None, minutes=None)
     window = args.clip_frames or stored["clip_frames"]
     s = argparse.Namespace(**(dict(window=window) | stored | given | dict(device=device)))
     if not s.data and s.size < 16:
         fail(f"--size {s.size}: two balls need 16 pixels or more")
+    if not 0 <= s.val <= 0.5:
+        fail(f"--val {s.val}: a share between 0 and 0.5 is needed")
     return s, resume
 
 
 def build(s, data, resume):
     """-> the run: model, moving average, optimizer, step, elapsed seconds; new, or as saved."""
-    run = argparse.Namespace(step=0, elapsed=0.0)
+    run = argparse.Namespace(step=0, elapsed=0.0, losses=[])  # losses since the last row of the log
     torch.manual_seed(s.seed)
     if s.resume:
         run.model, saved = load_checkpoint(resume, s.device)
-        run.step, run.elapsed = saved["step"], saved["elapsed"]
+        run.step, run.elapsed, run.losses = saved["step"], saved["elapsed"], saved["losses"]
+        if saved["mark"] != data.mark:
+            print(f"note: the clips in {s.data} have changed since this run began")
         if data.action_dim != run.model.config.action_dim:
             fail(f"{s.data} has {data.action_dim} actions a frame, unlike when the run began")
     else:
@@ -305,17 +340,34 @@ def train_step(run, s, noise_seed, clips, actions, lr):
     return loss.detach()
 
 
-def save(run, s, resume):
+def check(run, s, data):
+    """Raises FloatingPointError, before anything is saved, if a loss is no number."""
+    run.losses = [float(loss) for loss in run.losses]
+    wrong = [i for i, loss in enumerate(run.losses) if not math.isfinite(loss)]
+    if wrong:
+        step = run.step - len(run.losses) + wrong[0]
+        noise_seed, rng = dice(s.seed, step)
+        sigma = sample_noise_levels(s.batch, s.clip_frames, run.model.config, s.forcing,
+                                    torch.Generator(s.device).manual_seed(noise_seed))
+        clips = ", ".join(data.names(rng, s.batch))
+        raise FloatingPointError(
+            f"the loss of step {step} is {run.losses[wrong[0]]} (clips: {clips}; sigma "
+            f"{sigma.min():.3g} to {sigma.max():.3g}): a lower --lr may help")
+
+
+def save(run, s, data, resume):
     config = run.model.config
+    check(run, s, data)
     save_checkpoint(resume, config, run.model.state_dict(), ema=run.ema.state_dict(), step=run.step,
-                    optimizer=run.optimizer.state_dict(), elapsed=run.elapsed, settings=vars(s))
+                    optimizer=run.optimizer.state_dict(), elapsed=run.elapsed, settings=vars(s),
+                    losses=run.losses, mark=data.mark)
     save_checkpoint(s.out, config, run.ema.state_dict(), step=run.step, stride=s.stride)
 
 
 def preview(name, model, data, num_frames, s, columns=4):
     """Writes a video: real clips above, rollouts from their first frames below."""
     path = Path(s.out).with_suffix(f".{name}.mp4")
-    real, actions = data.batch(np.random.default_rng(0), columns, num_frames)
+    real, actions = data.batch(np.random.default_rng(0), columns, num_frames, held=True)
     context = to_frames(real[:, :CONTEXT]).to(s.device)
     actions = None if actions is None else torch.from_numpy(actions)
     K = scheduling_matrix("autoregressive", 1, 10)
@@ -325,7 +377,7 @@ def preview(name, model, data, num_frames, s, columns=4):
     frames = rollout(model, K, num_frames, context, actions=actions)
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
     try:
-        video = VideoWriter(path, num_frames, height, width, scale=-(-256 // height))
+        video = VideoWriter(path, height, width, scale=-(-256 // height))
         for above, below in zip(real.swapaxes(0, 1), bar):
             rows = [np.concatenate(row, 1) for row in (above, to_bytes(below))]
             video.write(np.concatenate(rows))
@@ -341,13 +393,45 @@ def progress(run, s):
     return max(by_clock, run.step / s.steps if s.steps else 0)
 
 
-def report(run, s, log, bar, losses, seconds, lr):
+@torch.no_grad()
+def validate(run, s, data):
+    """-> losses of the moving average on held-out clips in three bands of noise: ln sigma about
+    P_mean - P_std, P_mean and P_mean + P_std. Always the same clips and noise."""
+    config, losses = run.model.config, []
+    for shift in (-1, 0, 1):
+        band = dataclasses.replace(config, P_mean=config.P_mean + shift * config.P_std,
+                                   P_std=config.P_std / 3)
+        noise_seed, clips, actions = draw(data, s.seed, 2**32 + 1, 16, held=True)
+        actions = None if actions is None else torch.from_numpy(actions).to(s.device)
+        generator = torch.Generator(s.device).manual_seed(noise_seed)
+        losses.append(diffusion_forcing_loss(run.ema, to_frames(clips).to(s.device), band,
+                                             forcing=s.forcing, actions=actions,
+                                             generator=generator).item())
+    return losses
+
+
+def open_log(path, s, step):
+    """The log, cut to the steps that the checkpoint knows of."""
+    rows = path.read_text().splitlines(True) if s.resume and path.exists() else []
+    rows = [r for r in rows[1:] if r.endswith("\n") and int(r.split(",")[0]) <= step]
+    aside = path.with_suffix(".csv.tmp")
+    names = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
+    aside.write_text(names + "".join(rows))
+    os.replace(aside, path)
+    return open(path, "a")
+
+
+def report(run, s, data, log, bar, seconds, lr):
     """A row of the log, and the progress bar."""
-    loss, speed = float(sum(losses)) / len(losses), len(losses) * s.batch * s.clip_frames / seconds
-    log.write(f"{run.step},{loss:.5f},{lr:.3g},{speed:.1f},{run.elapsed:.1f}\n")
+    check(run, s, data)
+    loss, speed = np.mean(run.losses), len(run.losses) * s.batch * s.clip_frames / seconds
+    held = validate(run, s, data) if run.step % 500 == 0 else []
+    bands = ",".join(f"{x:.5f}" for x in held) or ",,"
+    log.write(f"{run.step},{loss:.5f},{lr:.3g},{bands},{speed:.1f},{run.elapsed:.1f}\n")
     log.flush()
     bar.set_postfix_str(f"step {run.step}, loss {loss:.4f}, {speed:.0f} frames/s", refresh=False)
     bar.update(min(progress(run, s), 1) - bar.n)
+    run.losses = []
 
 
 def train(s, run, data, resume):
@@ -356,30 +440,27 @@ def train(s, run, data, resume):
     signals = (signal.SIGINT, signal.SIGTERM)  # finish the step; a second one ends at once
     handlers = [signal.signal(n, lambda n, _: stop.append(n) or signal.signal(n, signal.SIG_DFL))
                 for n in signals]
-    log = open(out.with_suffix(".csv"), "a" if s.resume else "w")
-    if not s.resume:
-        log.write("step,loss,lr,frames_per_second,seconds\n")
-    bar = tqdm(total=1.0, initial=progress(run, s), bar_format="{percentage:3.0f}%|{bar}| "
-               "{elapsed}<{remaining}{postfix}")
-    start, saved, losses, since = time.monotonic() - run.elapsed, run.elapsed, [], time.monotonic()
+    log = open_log(out.with_suffix(".csv"), s, run.step)
+    start, saved, since = time.monotonic() - run.elapsed, run.elapsed, time.monotonic()
     upcoming = pool.submit(draw, data, s.seed, run.step, s.batch)
-    while not stop and progress(run, s) < 1:
-        batch = upcoming.result()
-        upcoming = pool.submit(draw, data, s.seed, run.step + 1, s.batch)  # during this step
-        lr = learning_rate(run.step, progress(run, s), s)
-        losses.append(train_step(run, s, *batch, lr))
-        run.elapsed = time.monotonic() - start
-        if run.step % 20 == 0:
-            report(run, s, log, bar, losses, time.monotonic() - since, lr)
-            losses, since = [], time.monotonic()
-        if run.elapsed - saved > 60 * s.save_minutes:
-            saved = run.elapsed
-            save(run, s, resume)
-            preview("preview", run.ema, data, 2 * s.clip_frames, s)
-            losses, since = [], time.monotonic()
-    bar.close()
+    with tqdm(total=1.0, initial=progress(run, s), bar_format="{percentage:3.0f}%|{bar}| "
+              "{elapsed}<{remaining}{postfix}") as bar:
+        while not stop and progress(run, s) < 1:
+            batch = upcoming.result()
+            upcoming = pool.submit(draw, data, s.seed, run.step + 1, s.batch)  # during this step
+            lr = learning_rate(run.step, progress(run, s), s)
+            run.losses.append(train_step(run, s, *batch, lr))
+            run.elapsed = time.monotonic() - start
+            if run.step % 20 == 0:
+                report(run, s, data, log, bar, time.monotonic() - since, lr)
+                since = time.monotonic()
+                if run.elapsed - saved > 60 * s.save_minutes:
+                    saved = run.elapsed
+                    save(run, s, data, resume)
+                    preview("preview", run.ema, data, 2 * s.clip_frames, s)
+                    since = time.monotonic()
     pool.shutdown()
-    save(run, s, resume)
+    save(run, s, data, resume)
     for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
     return not stop
@@ -388,11 +469,15 @@ def train(s, run, data, resume):
 def main():
     s, resume = settle(parse_args())
     if s.data:
-        data = Clips(s.data, s.clip_frames, s.size, s.stride, Path(s.cache))
+        data = Clips(s.data, s.clip_frames, s.size, s.stride, Path(s.cache), s.val)
     else:
         data = Balls(s.clip_frames, s.size)
     run = build(s, data, resume)
-    if not train(s, run, data, resume):
+    try:
+        finished = train(s, run, data, resume)
+    except (OSError, RuntimeError, FloatingPointError) as error:
+        fail(f"{explain(error)}. What was saved before is whole, and --resume goes on with it")
+    if not finished:
         words = shlex.join(w for w in sys.argv if w not in ("--overwrite", "--resume"))
         sys.exit(f"stopped and saved at step {run.step}; to go on: python {words} --resume")
     video = preview("rollout", run.ema, data, 256, s)
@@ -401,4 +486,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; what was saved before is whole")
