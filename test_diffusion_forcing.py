@@ -1181,7 +1181,7 @@ def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
 @pytest.mark.cli
 def test_context_noise_reaches_the_memory(tmp_path):
     df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
-    np.save(tmp_path / "clip.npy", balls(1, 4, 8)[0])
+    np.save(tmp_path / "clip.npy", balls(1, 4)[0])
     clips = []
     for words in ("", "--context-noise 0.05", "--context-noise 2"):
         words = f"--context clip.npy --frames 5 --steps 2 --out o.npy --device cpu {words}"

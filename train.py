@@ -54,6 +54,8 @@ CONTEXT = 4  # real frames that a preview goes on from
 
 def bouncing_balls(num_clips, num_frames, rng, size=32, radius=3.5, substeps=8):
     """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3)."""
+    if size < 4 * radius:
+        raise ValueError(f"size is {size}; two balls need {4 * radius:.0f} pixels or more")
     background, colours = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])
     angle = rng.uniform(0, 2 * np.pi, (num_clips, 2))
     speed = rng.uniform(0.6, 1.5, (num_clips, 2, 1))  # pixels a frame
@@ -271,8 +273,6 @@ def settle(args):
         stored = stored | dict(steps=None, minutes=None)
     window = args.clip_frames or stored["clip_frames"]
     s = argparse.Namespace(**(dict(window=window) | stored | given | dict(device=device)))
-    if not s.data and s.size < 16:
-        fail(f"--size {s.size}: two balls need 16 pixels or more")
     if not 0 <= s.val <= 0.5:
         fail(f"--val {s.val}: a share between 0 and 0.5 is needed")
     return s, resume
