@@ -262,7 +262,7 @@ def main():
                          batch_size=args.batch, actions=actions, solver=args.solver,
                          generator=torch.Generator(args.device).manual_seed(args.seed))
     except (OSError, ValueError) as error:
-        fail(error)
+        fail(explain(error))
     height, width, scale = model.config.height, model.config.width, args.scale
     writers = [VideoWriter(path, height, width, args.fps, scale or -(-256 // height))
                for path in paths]

@@ -45,6 +45,7 @@ PRESETS = {  # small: for anything, and for the balls. base: some tens of millio
                  dim=128, dim_mults=(1, 2, 3, 4), fast=True, save_minutes=10),
 }
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
+FREE = ("steps", "minutes", "lr", "device", "cache", "no_compile")  # may change with --resume
 CONTEXT = 4  # real frames that a preview goes on from
 
 
@@ -200,6 +201,12 @@ def draw(data, seed, step, batch, rank=0, held=False):
     return noise_seed, *data.batch(rng, batch, held=held)
 
 
+def to_tensors(clips, actions, device):
+    """A batch -> frames (B, T, C, H, W) in [-1, 1], actions (B, T, A) or None."""
+    actions = None if actions is None else torch.from_numpy(actions).to(device)
+    return to_frames(clips).to(device), actions
+
+
 def measure(data, seed):
     """-> what Config wants to know of the data, from 256 clips: the mean of each channel, the
     standard deviation around it, the size of each action."""
@@ -262,13 +269,11 @@ def settle(args):
         if "mark" not in saved:
             fail(f"{resume} is not of this version of train.py: --overwrite starts anew")
         stored = saved["settings"]
-        free = "steps minutes lr device cache no_compile out resume overwrite".split()
-        flag = lambda k: "--" + k.replace("_", "-")
-        differ = [f"{flag(k)} {stored[k]}, not {v}" for k, v in given.items()
-                  if k not in free and v != stored.get(k)]
+        differ = [f"--{k.replace('_', '-')} {stored[k]}, not {v}" for k, v in given.items()
+                  if k not in (*FREE, "out", "resume", "overwrite") and v != stored.get(k)]
         if differ:
             fail(f"{resume} was made with {'; '.join(differ)}. What may change on the way: "
-                 f"{', '.join(map(flag, free[:6]))}")
+                 f"--{', --'.join(FREE).replace('_', '-')}")
     if args.steps or args.minutes:  # the length that is asked for, and no other
         stored = stored | dict(steps=None, minutes=None)
     window = args.clip_frames or stored["clip_frames"]
@@ -321,8 +326,7 @@ def learning_rate(step, progress, s):
 
 def train_step(run, s, noise_seed, clips, actions, lr):
     """One step of AdamW and of the moving average -> the loss, still on the device."""
-    x = to_frames(clips).to(s.device)  # (B,T,C,H,W)
-    actions = None if actions is None else torch.from_numpy(actions).to(s.device)
+    x, actions = to_tensors(clips, actions, s.device)
     generator = torch.Generator(s.device).manual_seed(noise_seed)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -368,8 +372,7 @@ def preview(name, model, data, num_frames, s, columns=4):
     """Writes a video: real clips above, rollouts from their first frames below."""
     path = Path(s.out).with_suffix(f".{name}.mp4")
     real, actions = data.batch(np.random.default_rng(0), columns, num_frames, held=True)
-    context = to_frames(real[:, :CONTEXT]).to(s.device)
-    actions = None if actions is None else torch.from_numpy(actions)
+    context, actions = to_tensors(real[:, :CONTEXT], actions, s.device)
     K = scheduling_matrix("autoregressive", 1, 10)
     if s.forcing == "full_sequence":  # all that such a model knows
         K = scheduling_matrix("full_sequence", s.clip_frames, 10)
@@ -398,14 +401,13 @@ def validate(run, s, data):
     """-> losses of the moving average on held-out clips in three bands of noise: ln sigma about
     P_mean - P_std, P_mean and P_mean + P_std. Always the same clips and noise."""
     config, losses = run.model.config, []
+    noise_seed, clips, actions = draw(data, s.seed, 2**32 + 1, 16, held=True)
+    x, actions = to_tensors(clips, actions, s.device)
     for shift in (-1, 0, 1):
         band = dataclasses.replace(config, P_mean=config.P_mean + shift * config.P_std,
                                    P_std=config.P_std / 3)
-        noise_seed, clips, actions = draw(data, s.seed, 2**32 + 1, 16, held=True)
-        actions = None if actions is None else torch.from_numpy(actions).to(s.device)
         generator = torch.Generator(s.device).manual_seed(noise_seed)
-        losses.append(diffusion_forcing_loss(run.ema, to_frames(clips).to(s.device), band,
-                                             forcing=s.forcing, actions=actions,
+        losses.append(diffusion_forcing_loss(run.ema, x, band, forcing=s.forcing, actions=actions,
                                              generator=generator).item())
     return losses
 
