@@ -131,7 +131,9 @@ def side_file(clip):
 def read_actions(path, stride=1):
     """.npy (T, A) -> float32 (T, A): row t drives the change into frame t. Where only every
     stride-th frame is kept, it is the mean of the rows that lead there."""
-    rows = load_npy(path, 2).astype(np.float32)
+    rows = load_npy(path, 2)
+    if rows.dtype.kind not in "biuf" or not np.isfinite(rows := rows.astype(np.float32)).all():
+        raise ValueError(f"{path}: actions are finite numbers")
     return np.stack([rows[max(0, t - stride + 1) : t + 1].mean(0) for t in range(len(rows))])
 
 

@@ -1083,6 +1083,8 @@ def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys):
     np.save(clips / "nan.npy", np.full((8, 16, 16, 3), np.nan))
     np.save(clips / "objects.npy", np.array([{}] * 8), allow_pickle=True)
     np.save(clips / "short.npy", clip[:3])
+    np.save(clips / "acted.npy", clip)
+    np.save(clips / "acted.actions.npy", np.full((8, 1), np.nan))
     (clips / "text.mp4").write_text("no video")
     (clips / "script.mp4").write_text("ffconcat version 1.0\nfile /etc/passwd\n")  # would have ffmpeg open another file
     (clips / "dead.mp4").symlink_to("nowhere")
@@ -1091,6 +1093,7 @@ def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys):
     data = train.Clips(clips, 4, 16, 1, tmp_path / "cache", 0.5)
     said = capsys.readouterr().out
     for name, reason in [("nan", "NaN"), ("objects", "numbers"), ("short", "3 frames; 4 are needed"), ("text", "moov"),
+                         ("acted", "finite"),
                          ("script", "whitelist"), ("dead", "No such file"), ("pipe", "neither a file")]:
         line = [line for line in said.splitlines() if f"{name}." in line]
         assert len(line) == 1 and line[0].startswith("skipped") and reason in line[0], f"{name}: one line with the reason"
