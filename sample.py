@@ -46,7 +46,7 @@ def explain(error):
         return f"{error.filename}: {error.strerror}" if error.filename else first
     if isinstance(error, (ValueError, FloatingPointError)):
         return str(error)
-    if "memory" not in str(error):
+    if "memory" not in str(error) and not isinstance(error, MemoryError):
         raise error
     return "out of memory: lower --batch (or, in training, --size, --clip-frames, --preset)"
 

@@ -1031,6 +1031,26 @@ def log_without_times(path):
 
 
 @pytest.mark.cli
+def test_the_data_is_measured_around_the_mean_of_each_channel():
+    drawn = []
+
+    class Data:
+        action_dim = 2
+
+        def batch(self, rng, n):
+            clips = (rng.random((n, 3, 4, 4, 3)) * [20, 80, 200]).astype(np.uint8)
+            drawn.append((clips / 127.5 - 1, (rng.standard_normal((n, 3, 2)) * [25, 0]).astype(np.float32)))
+            return clips, drawn[-1][1]
+
+    measured = train.measure(Data(), 0)
+    x, actions = (np.concatenate(parts) for parts in zip(*drawn))
+    mean = x.mean((0, 1, 2, 3))
+    assert measured["data_mean"] == pytest.approx(mean, rel=1e-4), "one mean a channel"
+    assert measured["sigma_data"] == pytest.approx((x - mean).std(), rel=1e-4), "the deviation around these means, not around 0"
+    assert measured["action_scale"] == pytest.approx([np.sqrt((actions[..., 0] ** 2).mean()), 1]), "root mean square; 0 becomes 1"
+
+
+@pytest.mark.cli
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()

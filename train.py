@@ -208,14 +208,16 @@ def to_tensors(clips, actions, device):
 
 
 def measure(data, seed):
-    """-> what Config wants to know of the data, from 256 clips: the mean of each channel, the
-    standard deviation around it, the size of each action."""
-    clips, actions = data.batch(np.random.default_rng((seed, 2**32)), 256)
-    x = to_frames(clips)  # (N,T,C,H,W)
-    mean = x.mean((0, 1, 3, 4))
-    size = () if actions is None else np.sqrt((actions**2).mean((0, 1)))
-    return dict(data_mean=tuple(mean.tolist()), sigma_data=(x - mean[:, None, None]).std().item(),
-                action_scale=tuple(float(a) or 1.0 for a in size))
+    """-> what Config wants to know of the data, from 256 clips, 16 at a time: the mean of each
+    channel, the standard deviation around it, the root mean square of each action."""
+    rng, mean, square, action_square = np.random.default_rng((seed, 2**32)), 0, 0, 0
+    for _ in range(16):
+        x, actions = to_tensors(*data.batch(rng, 16), "cpu")
+        mean, square = mean + x.mean((0, 1, 3, 4)) / 16, square + x.square().mean() / 16  # (C,), ()
+        action_square += 0 if actions is None else actions.square().mean((0, 1)) / 16  # (A,)
+    scale = action_square.sqrt().tolist() if data.action_dim else []
+    return dict(data_mean=tuple(mean.tolist()), action_scale=tuple(a or 1.0 for a in scale),
+                sigma_data=(square - mean.square().mean()).sqrt().item())
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -470,19 +472,21 @@ def train(s, run, data, resume):
 
 def main():
     s, resume = settle(parse_args())
-    if s.data:
-        data = Clips(s.data, s.clip_frames, s.size, s.stride, Path(s.cache), s.val)
-    else:
-        data = Balls(s.clip_frames, s.size)
-    run = build(s, data, resume)
     try:
+        if s.data:
+            data = Clips(s.data, s.clip_frames, s.size, s.stride, Path(s.cache), s.val)
+        else:
+            data = Balls(s.clip_frames, s.size)
+        run = build(s, data, resume)
         finished = train(s, run, data, resume)
-    except (OSError, RuntimeError, FloatingPointError) as error:
-        fail(f"{explain(error)}. What was saved before is whole, and --resume goes on with it")
+        if finished:
+            video = preview("rollout", run.ema, data, 256, s)
+    except (OSError, RuntimeError, MemoryError, FloatingPointError) as error:
+        kept = "" if not resume.exists() else f". {resume} is whole, and --resume goes on with it"
+        fail(explain(error) + kept)
     if not finished:
         words = shlex.join(w for w in sys.argv if w not in ("--overwrite", "--resume"))
         sys.exit(f"stopped and saved at step {run.step}; to go on: python {words} --resume")
-    video = preview("rollout", run.ema, data, 256, s)
     print(f"{s.out}: {run.step} steps in {run.elapsed / 60:.1f} minutes; a rollout is in {video}\n"
           f"more of them: python sample.py --ckpt {s.out} --frames 256")
 
