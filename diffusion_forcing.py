@@ -289,7 +289,7 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
 
     x, state, first = context, None, 0  # x[:, 0] is frame `first`
     eps = noise(x.shape[1])  # what each frame will carry as history, times context_noise
-    yield from context.unbind(1)
+    yield from context.clone().unbind(1)
     while first + x.shape[1] < num_frames:
         old, n = x.shape[1], min(matrix.shape[1], num_frames - first - x.shape[1])
         start, history = noise(2 * n).unflatten(1, (n, 2)).unbind(2)  # (B,n,C,H,W) each
@@ -349,7 +349,7 @@ def check_rollout(matrix, num_frames, context, config, actions, solver):
     given = 0 if context is None else context.shape[1]
     for wrong, message in (
         (solver not in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed"),
-        ((matrix[0] != matrix.max()).any() or (matrix[-1] != 0).any()
+        (matrix.max() < 1 or (matrix[0] != matrix.max()).any() or (matrix[-1] != 0).any()
          or (matrix.diff(dim=0) > 0).any(),
          "a scheduling matrix starts with a row of S, ends with a row of 0, and never rises"),
         (config.causal and (matrix.diff(dim=1) < 0).any(),

@@ -3,11 +3,13 @@
 Every test compares with something independent: a closed form, a slow loop, or a spy that records what it was given.
 """
 
+import copy
 import math
 import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +78,9 @@ def units(config):
 @pytest.mark.noise
 def test_every_frame_has_a_level_of_its_own():
     sigma = df.sample_noise_levels(4000, 3, tiny(), generator=torch.Generator().manual_seed(0)).log()
+    assert not torch.equal(sigma[0], sigma[1]), "clips of a batch share their levels"
     correlation = torch.corrcoef(sigma.T) - torch.eye(3)
     assert correlation.abs().max() < 0.1, "frames of a clip share their noise: draw (B, T) levels, not (B, 1)"
-    assert not torch.equal(sigma[0], sigma[1]), "clips of a batch share their levels"
 
 
 @pytest.mark.noise
@@ -88,6 +90,8 @@ def test_levels_are_log_normal_in_frame_units():
     expected = 2.5 + math.log(units(config))
     assert abs(log.mean() - expected) < 0.03, "E[ln sigma] = P_mean + ln(sigma_data / 0.5): units forgotten?"
     assert abs(log.std() - 0.7) < 0.03, "the standard deviation of ln sigma is P_std"
+    beyond = ((log - log.mean()).abs() > 2 * 0.7).float().mean()
+    assert abs(beyond - 0.0455) < 0.01, "ln sigma is normal: 4.55 % of it lies beyond two P_std"
 
 
 @pytest.mark.noise
@@ -275,6 +279,27 @@ def test_history_has_noise_of_its_own_from_the_generator():
 
 
 @pytest.mark.loss
+def test_noise_on_the_history_is_shared_by_no_clips_frames_or_channels():
+    seen = []
+
+    def model(x, sigma, *, actions=None, history=None):
+        seen.append(history[0])
+        return x, None
+
+    generator = torch.Generator().manual_seed(0)
+    df.diffusion_forcing_loss(model, torch.zeros(2, 3, 3, 8, 8), tiny(), forcing="teacher", generator=generator)
+    z = seen[0].flatten(3).flatten(0, 2)  # a row for each clip, frame and channel
+    assert torch.corrcoef(z).triu(1).abs().max() < 0.7, "noise shared by clips, frames or channels: the shape of randn?"
+
+
+@pytest.mark.loss
+def test_the_loss_has_a_gradient():
+    model = Denoiser(tiny())
+    df.diffusion_forcing_loss(model, torch.randn(2, 4, 3, 8, 8), model.config).backward()
+    assert model.head[-1].weight.grad.any(), "no gradient reaches the network: detached?"
+
+
+@pytest.mark.loss
 def test_both_streams_of_teacher_forcing_know_the_actions():
     model, (x, past) = random_denoiser(action_dim=2), torch.randn(2, 1, 3, 3, 8, 8)
     sigma, actions = torch.ones(1, 3), torch.randn(1, 3, 2)
@@ -304,6 +329,9 @@ def test_levels_are_those_of_edm():
     second = ((0.02 ** (1 / 7) * 2 + 80 ** (1 / 7) * 1) / 3) ** 7
     assert sigma[1:].tolist() == pytest.approx([0.02, second, third, 80], rel=1e-4), "EDM, eq. 5: even steps of sigma^(1/rho)"
     assert df.karras_sigmas(1, config)[1] == pytest.approx(80 * units(config)), "a single step starts at sigma_max"
+    bent = df.karras_sigmas(3, tiny(sigma_min=0.02, sigma_max=80.0, rho=2.0))[2] / units(config)
+    assert bent == pytest.approx(((0.02**0.5 + 80**0.5) / 2) ** 2, rel=1e-4), "rho is that of the Config"
+    refused("not one level", df.karras_sigmas, 0, config)
 
 
 @pytest.mark.schedule
@@ -454,11 +482,51 @@ def test_a_longer_rollout_begins_with_the_shorter_one_whatever_the_tile(temporal
 
 
 @pytest.mark.sampler
+def test_a_tile_cut_to_length_is_the_beginning_of_a_whole_one():
+    model, K = random_denoiser(), df.scheduling_matrix("pyramid", 4, 3, 1.5)
+
+    def run(frames):
+        return torch.stack(list(df.rollout(model, K, frames, generator=torch.Generator().manual_seed(5))), 1)
+
+    assert torch.allclose(run(8)[:, :7], run(7), atol=1e-4), "the last tile has the first columns of the matrix"
+
+
+@pytest.mark.sampler
+def test_sample_is_the_context_and_then_the_matrix_once():
+    context = torch.randn(2, 3, 3, 8, 8)
+    out = df.sample(Spy(), df.scheduling_matrix("pyramid", 4, 2), context)
+    assert out.shape == (2, 7, 3, 8, 8), "sample: the context, then as many frames as the matrix has columns"
+    assert torch.equal(out[:, :3], context), "the context comes first, as it went in"
+
+
+@pytest.mark.sampler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_rollout_keeps_its_type(dtype):
-    spy = Spy(lambda x, sigma: 0.9 * x)
-    out = df.sample(spy, df.scheduling_matrix("pyramid", 2, 2), dtype=dtype, solver="heun")
-    assert {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma")} == {dtype}, "something was promoted"
+    spy, actions = Spy(lambda x, sigma: 0.9 * x), torch.ones(1, 2, 1)
+    out = df.sample(spy, df.scheduling_matrix("pyramid", 2, 2), actions=actions, dtype=dtype, solver="heun")
+    types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
+    assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
+
+
+@pytest.mark.sampler
+def test_a_rollout_from_nothing_has_the_type_of_the_model():
+    out = df.sample(random_denoiser().double(), df.scheduling_matrix("autoregressive", 1, 2))
+    assert out.dtype == torch.float64, "without a context, type and device are those of the weights"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("context", [0, 2])
+def test_whoever_paints_on_a_frame_does_not_change_the_memory(context):
+    model, K = random_denoiser(), df.scheduling_matrix("autoregressive", 2, 2)
+
+    def run(keep):
+        clip, frames = torch.ones(1, context, 3, 8, 8) if context else None, []
+        for frame in df.rollout(model, K, 5, clip, generator=torch.Generator().manual_seed(5)):
+            frames.append(frame.clone())
+            frame *= keep
+        return torch.stack(frames)
+
+    assert torch.equal(run(1.0), run(0.0)), "frames are given out as views of the memory: clone them"
 
 
 @pytest.mark.sampler
@@ -605,10 +673,11 @@ def test_rollout_refuses_what_it_cannot_do():
     for what, wrong, options in [
         ("a matrix upside down", K.flip(0), {}), ("a level that rises", torch.tensor([[2], [1], [2], [0]]), {}),
         ("a frame cleaner than the one before it", K.flip(1), {}),
-        ("a matrix that does not end at 0", K[:-1], {}), ("a matrix that does not begin at S", K[1:], {}),
+        ("a matrix of nothing but zeros", K[-1:], {}), ("a matrix that does not end at 0", K[:-1], {}), ("a matrix that does not begin at S", K[1:], {}),
         ("a rollout of no frame", K, dict(num_frames=0)), ("an unknown solver", K, dict(solver="rk45")),
         ("4 frames with 3 rows of actions", K, dict(actions=torch.zeros(1, 3, 1))),
-        ("context of another size", K, dict(context=clip[..., :4])), ("2 frames after 2 of context, 1 in all", K,
+        ("context of another size", K, dict(context=clip[..., :4])),
+        ("context of one channel", K, dict(context=clip[:, :, :1])), ("2 frames after 2 of context, 1 in all", K,
                                                                       dict(context=clip, num_frames=1)),
     ]:
         refused(what, df.rollout, spy, wrong, **(dict(num_frames=4) | options))
@@ -688,6 +757,36 @@ def test_skips_reach_the_decoder():
     model.decoder[0].register_forward_pre_hook(lambda module, x: seen.append(x[0]))
     model(torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1))
     assert torch.equal(seen[1][:, 8:], seen[0]), "the decoder gets what came up from below, and its level's skip"
+
+
+@pytest.mark.causality
+def test_a_noise_level_is_sines_and_cosines_of_its_label():
+    m, seen = df.NoiseEmbedding(32), []
+    m.layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    m(torch.tensor([0.0, 0.70, 0.71]))
+    none, a, b = seen[0].unflatten(-1, (2, -1))
+    assert none.tolist() == [[1.0] * 8, [0.0] * 8], "cosines, then sines, of frequency * c_noise"
+    assert torch.allclose(a.square().sum(0), torch.ones(8)), "each frequency has its cosine and its sine"
+    assert (a - b).abs().max() < 0.5, "near levels look unrelated: frequencies too high"
+
+
+@pytest.mark.causality
+def test_res_block_by_its_formula():
+    m, x, emb = df.ResBlock(8, 16, 4), torch.randn(2, 8, 3, 3), torch.randn(2, 4)
+    torch.nn.init.normal_(m.conv2.weight)
+    scale, shift = m.scale_shift(emb)[..., None, None].chunk(2, 1)
+    h = m.norm2(m.conv1(F.silu(m.norm1(x)))) * (1 + scale) + shift
+    assert torch.allclose(m(x, emb), m.skip(x) + m.conv2(F.silu(h)), atol=1e-4), \
+        "skip + conv(silu((1 + scale) norm(conv(silu(norm x))) + shift))"
+
+
+@pytest.mark.causality
+def test_the_mixer_gets_normalised_features():
+    block, seen = df.Block(8, 8, 8, tiny()), []
+    block.spatial.forward = lambda x, emb: x
+    block.mixer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    block(5 + 3 * torch.randn(2, 8, 3, 5), None, 1, None, None, False)
+    assert seen[0].mean(-1).abs().max() < 1e-3, "the mixer gets LayerNorm(h): attention saturates as h grows"
 
 
 @pytest.mark.causality
@@ -805,6 +904,13 @@ def test_rotary_depends_on_distance_alone():
 
 
 @pytest.mark.attention
+def test_rotary_angles_do_not_lose_bits_in_bfloat16():
+    x, far = torch.ones(1, 1, 1, 8), torch.tensor([31])
+    exact, half = df.rotary(x, far), df.rotary(x.bfloat16(), far).float()
+    assert torch.allclose(exact, half, atol=0.02), "angles are computed in float32: in bfloat16 48.7 is 48.75"
+
+
+@pytest.mark.attention
 def test_rotary_turns_the_first_pair_fast_and_the_last_slowly():
     x = torch.zeros(1, 1, 1, 8)
     x[..., :4] = 1
@@ -867,7 +973,9 @@ def test_gru_two_streams_step_from_the_state_before():
 
 @pytest.mark.checkpoint
 @pytest.mark.parametrize("wrong", [dict(height=30), dict(dim=12, head_dim=8), dict(temporal="lstm"), dict(context_noise=0.0),
-                                   dict(sigma_min=90.0), dict(causal=False, temporal="gru"), dict(data_mean=(0.0,))])
+                                   dict(sigma_min=90.0), dict(causal=False, temporal="gru"), dict(data_mean=(0.0,)),
+                                   dict(width=30), dict(dim=24, head_dim=3), dict(window=0), dict(sigma_data=0.0),
+                                   dict(sigma_min=0.0), dict(action_dim=1, action_scale=(0.0,))])
 def test_configs_that_cannot_work_are_refused(wrong):
     refused(f"a Config with {wrong}", tiny, **wrong)
 
@@ -917,11 +1025,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.checkpoint
 def test_a_checkpoint_is_written_aside_and_renamed(tmp_path, monkeypatch):
-    model, renamed = random_denoiser(), []
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: renamed.append((str(a), str(b))) or real(a, b))
+    model, renamed, real = random_denoiser(), [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: renamed.append((Path(a), Path(b))) or real(a, b))
     df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict())
-    assert [b for _, b in renamed] == [str(tmp_path / "m.pt")], "only a rename replaces a file in one stroke"
+    assert [b for _, b in renamed] == [tmp_path / "m.pt"], "only a rename replaces a file in one stroke"
+    assert renamed[0][0].parent == tmp_path, "and only on one disk: write beside the file"
 
 
 @pytest.mark.checkpoint
@@ -993,6 +1101,41 @@ def test_learning_rate_warms_up_from_step_zero():
     rates = [train.learning_rate(i, i / 1000, s) for i in (0, 49, 99, 400)]
     assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0]), "step 0 is small but not zero; full after `warmup` steps"
     assert train.learning_rate(999, 0.999, s) < 0.01, "it ends near zero"
+
+
+@pytest.mark.cli
+def test_a_training_step_does_what_it_is_told(monkeypatch):
+    model, told = random_denoiser(height=16, width=16), {}
+    run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=90, bfloat16=False,
+                    optimizer=torch.optim.AdamW(model.parameters(), 9.0, betas=(0.9, 0.99)))
+
+    def steep(model, x, config, **options):
+        told.update(options)
+        return 1e4 * df.diffusion_forcing_loss(model, x, config, generator=options["generator"])
+
+    monkeypatch.setattr(train, "diffusion_forcing_loss", steep)
+    before, settings = run.ema.stem.weight.clone(), Namespace(device="cpu", forcing="teacher", ema=0.9, lr=9.0)
+    train.train_step(run, settings, 7, balls(2, 4), np.ones((2, 4, 0), np.float32), 1e-3)
+    assert told.get("forcing") == "teacher" and told.get("actions") is not None, "the loss is told of forcing and actions"
+    assert told["generator"].initial_seed() == 7, "the noise is that of the step's seed"
+    assert run.optimizer.param_groups[0]["lr"] == 1e-3, "the learning rate of the schedule reaches the optimizer"
+    moments = [s["exp_avg"].norm() for s in run.optimizer.state.values()]  # each 0.1 times the gradient, after a step
+    assert torch.stack(moments).norm() == pytest.approx(0.1, rel=0.01), "gradients are clipped to a norm of 1"
+    assert torch.allclose(run.ema.stem.weight, 0.9 * before + 0.1 * model.stem.weight), "average = decay average + ..."
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters()), "the next step begins without gradient"
+
+
+@pytest.mark.cli
+def test_validation_is_of_the_average_on_held_out_clips(monkeypatch):
+    seen, config = [], tiny()
+    data = Namespace(batch=lambda rng, n, held=False: (np.full((n, 4, 8, 8, 3), 255 * held, np.uint8), None))
+    monkeypatch.setattr(train, "diffusion_forcing_loss", lambda model, x, config, **options:
+                        seen.append((model, float(x.mean()), config.P_mean, config.P_std)) or torch.zeros(()))
+    losses = train.validate(Namespace(model=Namespace(config=config), ema="average"),
+                            Namespace(seed=0, device="cpu", forcing="diffusion"), data)
+    bands = [config.P_mean + shift * config.P_std for shift in (-1, 0, 1)]
+    assert seen == [("average", 1.0, m, config.P_std / 3) for m in bands], "average weights, held-out clips, three bands"
+    assert losses == [0, 0, 0], "a loss for each band"
 
 
 def train_here(monkeypatch, folder, *words, interrupt_at=None, die_at=None, nan_at=None):
@@ -1075,6 +1218,16 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.cli
+def test_the_clock_goes_on_after_resume(tmp_path, monkeypatch):
+    train_here(monkeypatch, tmp_path, "--steps", "1")
+    saved = torch.load(tmp_path / "model.resume.pt", weights_only=True)
+    torch.save(saved | dict(elapsed=1000.0), tmp_path / "model.resume.pt")
+    train_here(monkeypatch, tmp_path, "--resume", "--steps", "2")
+    elapsed = torch.load(tmp_path / "model.resume.pt", weights_only=True)["elapsed"]
+    assert elapsed > 1000, "--minutes counts from the first start"
+
+
+@pytest.mark.cli
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train_here(monkeypatch, tmp_path, "--steps", "40", nan_at=25)
@@ -1122,6 +1275,32 @@ def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys):
     kept, held = ({str(data.clips[i][0]) for i in data.choose(np.random.default_rng(0), 99, h)} for h in (False, True))
     assert len(kept) == len(held) == 1 and kept != held, "clips are held out whole"
     assert set(data.names(np.random.default_rng(0), 9)) == kept, "a batch can be asked which clips it is of"
+
+
+def counting_clip(folder, frames=7):
+    """A clip whose frame t is all 10 t, and whose action t is t."""
+    np.save(folder / "a.npy", np.full((8, 8, 3, frames), 10 * np.arange(frames), np.uint8).transpose(3, 0, 1, 2))
+    np.save(folder / "a.actions.npy", np.arange(float(frames))[:, None])
+
+
+@pytest.mark.cli
+def test_a_training_clip_keeps_its_stride_and_its_actions(tmp_path):
+    counting_clip(tmp_path)
+    data = train.Clips(tmp_path, 3, 8, 2, tmp_path / "cache", 0)
+    clips, actions = data.batch(np.random.default_rng(0), 50)
+    at = clips[..., 0, 0, 0].astype(int) // 10
+    assert (np.diff(at) == 2).all(), "--stride 2 takes every second frame"
+    assert set(at[:, 0]) == {0, 1, 2}, "the first and the last place to start are both drawn"
+    assert np.allclose(actions[..., 0], np.maximum(at - 0.5, 0)), "row t: the mean of the actions that led to frame t"
+
+
+@pytest.mark.cli
+def test_a_model_of_stride_two_goes_on_from_every_second_frame(tmp_path):
+    counting_clip(tmp_path)
+    args = Namespace(context=[tmp_path / "a.npy"], context_frames=2, batch=1, frames=3, device="cpu", actions=None)
+    context, actions = sample.load_inputs(args, tiny(action_dim=1), 2)
+    assert sample.to_bytes(context)[0, :, 0, 0, 0].tolist() == [0, 20], "frames 0 and 2: the stride first, then the cut"
+    assert actions[0, :, 0].tolist() == [0, 1.5, 3.5], "and the actions that led to them"
 
 
 @pytest.mark.cli
@@ -1199,6 +1378,22 @@ def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
     if suffix == ".npy":
         a, b = (np.load(tmp_path / f"o_{i}.npy") for i in (0, 1))
         assert a.shape == b.shape == (3, 8, 8, 3) and (a != b).any(), "each rollout has noise of its own"
+
+
+@pytest.mark.cli
+def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch):
+    told, model = {}, random_denoiser(action_dim=1)
+    df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict())
+    np.save(tmp_path / "a.npy", np.ones((2, 1), np.float32))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "rollout", lambda model, K, *a, **options: told.update(options, K=K) or iter(()))
+    words = "--ckpt m.pt --schedule pyramid --uncertainty 2 --tile 3 --steps 4 --solver heun --seed 7 --actions a.npy"
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words.split(), *"--device cpu --out o.npy".split()])
+    sample.main()
+    assert torch.equal(told["K"], df.scheduling_matrix("pyramid", 3, 4, 2.0)), "--schedule, --uncertainty, --tile, --steps"
+    assert told.get("solver") == "heun", "--solver"
+    assert told["generator"].initial_seed() == 7, "--seed"
+    assert told["actions"].all() and told["actions"].shape == (1, 256, 1), "--actions, repeated to --frames"
 
 
 @pytest.mark.cli
