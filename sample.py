@@ -273,7 +273,7 @@ def main():
         write(bar, writers)
     except KeyboardInterrupt:
         fail(f"stopped after {writers[0].count} of {args.frames} frames; those are written")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         bar.close()
         fail(f"{args.out}, frame {writers[0].count}: {explain(error)}")
 

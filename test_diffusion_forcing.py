@@ -245,7 +245,8 @@ def test_history_of_teacher_forcing_carries_the_noise_it_says():
         df.diffusion_forcing_loss(model, x, config, forcing="teacher", **options)
         frames, label = seen["history"]
         assert torch.allclose(label, torch.tensor(level * units(config))), "label of the history in frame units"
-        assert float((frames - x).std() / label[0, 0]) == pytest.approx(1, abs=0.05), "the noise on the history is not what its label says"
+        ratio = float((frames - x).std() / label[0, 0])
+        assert ratio == pytest.approx(1, abs=0.05), "the noise on the history is not what its label says"
 
 
 @pytest.mark.loss
@@ -673,7 +674,8 @@ def test_rollout_refuses_what_it_cannot_do():
     for what, wrong, options in [
         ("a matrix upside down", K.flip(0), {}), ("a level that rises", torch.tensor([[2], [1], [2], [0]]), {}),
         ("a frame cleaner than the one before it", K.flip(1), {}),
-        ("a matrix of nothing but zeros", K[-1:], {}), ("a matrix that does not end at 0", K[:-1], {}), ("a matrix that does not begin at S", K[1:], {}),
+        ("a matrix of nothing but zeros", K[-1:], {}), ("a matrix that does not end at 0", K[:-1], {}),
+        ("a matrix that does not begin at S", K[1:], {}),
         ("a rollout of no frame", K, dict(num_frames=0)), ("an unknown solver", K, dict(solver="rk45")),
         ("4 frames with 3 rows of actions", K, dict(actions=torch.zeros(1, 3, 1))),
         ("context of another size", K, dict(context=clip[..., :4])),
@@ -709,7 +711,8 @@ def test_clips_of_a_batch_do_not_meet():
     together, _ = model(x, sigma)
     for b in range(3):
         alone, _ = model(x[b : b + 1], sigma[b : b + 1])
-        assert torch.allclose(together[b : b + 1], alone, atol=1e-5), "a clip depends on its neighbours in the batch: axes of a reshape mixed up?"
+        assert torch.allclose(together[b : b + 1], alone, atol=1e-5), \
+            "a clip depends on its neighbours in the batch: axes of a reshape mixed up?"
 
 
 @pytest.mark.causality
@@ -1189,8 +1192,9 @@ def test_the_data_is_measured_around_the_mean_of_each_channel():
     x, actions = (np.concatenate(parts) for parts in zip(*drawn))
     mean = x.mean((0, 1, 2, 3))
     assert measured["data_mean"] == pytest.approx(mean, rel=1e-4), "one mean a channel"
-    assert measured["sigma_data"] == pytest.approx((x - mean).std(), rel=1e-4), "the deviation around these means, not around 0"
-    assert measured["action_scale"] == pytest.approx([np.sqrt((actions[..., 0] ** 2).mean()), 1]), "root mean square; 0 becomes 1"
+    assert measured["sigma_data"] == pytest.approx((x - mean).std(), rel=1e-4), "the deviation around these means"
+    rms = np.sqrt((actions[..., 0] ** 2).mean())
+    assert measured["action_scale"] == pytest.approx([rms, 1]), "root mean square; 0 becomes 1"
 
 
 @pytest.mark.cli
@@ -1277,6 +1281,12 @@ def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys):
     assert set(data.names(np.random.default_rng(0), 9)) == kept, "a batch can be asked which clips it is of"
 
 
+def write_png(path, frame):
+    command = [sample.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    size = f"{frame.shape[1]}x{frame.shape[0]}"
+    subprocess.run([*command, "-s", size, "-i", "-", path], input=frame.tobytes(), check=True)
+
+
 def counting_clip(folder, frames=7):
     """A clip whose frame t is all 10 t, and whose action t is t."""
     np.save(folder / "a.npy", np.full((8, 8, 3, frames), 10 * np.arange(frames), np.uint8).transpose(3, 0, 1, 2))
@@ -1314,8 +1324,7 @@ def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
             writer.write(frame)
         writer.close()
     for i, frame in enumerate(balls(1, 11, 20)[0]):
-        subprocess.run([sample.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s",
-                        "20x20", "-i", "-", clips / "deep" / "images" / f"frame{i}.png"], input=frame.tobytes(), check=True)
+        write_png(clips / "deep" / "images" / f"frame{i}.png", frame)
     (clips / "notes.mp4").write_text("not a video")
     np.save(clips / "a.actions.npy", np.ones((8, 2), np.float32))
     flags = "--data clips --steps 3 --size 16 --clip-frames 4 --temporal gru --cache cache --device cpu".split()
@@ -1333,9 +1342,7 @@ def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
 @pytest.mark.cli
 def test_images_are_ordered_by_number(tmp_path):
     for i in range(12):
-        frame = np.full((4, 4, 3), 20 * i, np.uint8)
-        subprocess.run([sample.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s",
-                        "4x4", "-i", "-", tmp_path / f"frame{i}.png"], input=frame.tobytes(), check=True)
+        write_png(tmp_path / f"frame{i}.png", np.full((4, 4, 3), 20 * i, np.uint8))
     assert sample.read_clip(tmp_path, 4, 4)[:, 0, 0, 0].tolist() == [20 * i for i in range(12)], "frame2 before frame10"
 
 
