@@ -71,7 +71,7 @@ class Config:
     patch: int = 2                   # pixel-unshuffle: the U-Net works at 1/patch resolution
     dim: int = 32                    # channels at the highest resolution ...
     dim_mults: tuple = (1, 2)        # ... and their multiples at each level, half as large each
-    head_dim: int = 8                # channels of one head; many small heads keep speeds better
+    head_dim: int = 16               # channels of one attention head
 
     sigma_data: float = 0.5          # standard deviation of the training frames, measured
     data_mean: tuple = ()            # their mean, a number a channel, measured; () = zeros
