@@ -289,9 +289,10 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
 
     x, state, first = context, None, 0  # x[:, 0] is frame `first`
     eps = noise(x.shape[1])  # what each frame will carry as history, times context_noise
-    yield from context.clone().unbind(1)
+    yield from context.clone().unbind(1)  # copies, here and below: the caller may paint on them
     while first + x.shape[1] < num_frames:
         old, n = x.shape[1], min(matrix.shape[1], num_frames - first - x.shape[1])
+        # two draws a frame, one after the other: what it starts from, what it carries as history
         start, history = noise(2 * n).unflatten(1, (n, 2)).unbind(2)  # (B,n,C,H,W) each
         x, eps = torch.cat([x, sigmas[S] * start], 1), torch.cat([eps, history], 1)
         K = torch.cat([matrix.new_zeros(len(matrix), old), matrix[:, :n]], 1)

@@ -1100,7 +1100,7 @@ def test_rates_are_read_however_they_are_written(text):
 
 @pytest.mark.cli
 def test_learning_rate_warms_up_from_step_zero():
-    s = type("S", (), dict(lr=1.0, warmup=100))
+    s = Namespace(lr=1.0, warmup=100)
     rates = [train.learning_rate(i, i / 1000, s) for i in (0, 49, 99, 400)]
     assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0]), "step 0 is small but not zero; full after `warmup` steps"
     assert train.learning_rate(999, 0.999, s) < 0.01, "it ends near zero"
@@ -1361,8 +1361,8 @@ def test_every_clip_has_actions_of_its_own(tmp_path):
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", np.zeros((4, 8, 8, 3), np.uint8))
     np.save(tmp_path / "b.actions.npy", np.arange(6.0).reshape(3, 2))
-    args = type("Args", (), dict(context=[tmp_path / "a.npy", tmp_path / "b.npy"], context_frames=2, batch=3, frames=5,
-                                 device="cpu", actions=None))
+    args = Namespace(context=[tmp_path / "a.npy", tmp_path / "b.npy"], context_frames=2, batch=3, frames=5,
+                     device="cpu", actions=None)
     context, actions = sample.load_inputs(args, tiny(action_dim=2), 1)
     assert context.shape == (3, 2, 3, 8, 8), "contexts are taken in turn"
     assert not actions[0].any() and not actions[2].any(), "a clip without a side file has no actions: zeros"
