@@ -77,7 +77,7 @@ class Config:
     data_mean: tuple = ()            # their mean, a number a channel, measured; () = zeros
     action_scale: tuple = ()         # root mean square of each action, measured; () = ones
     P_mean: float = -0.6             # training noise: ln sigma ~ Normal(P_mean, P_std^2)
-    P_std: float = 1.6
+    P_std: float = 2.4
     sigma_min: float = 0.02          # sampling noise: from sigma_max to sigma_min, then 0
     sigma_max: float = 80.0
     rho: float = 7.0                 # EDM: how much denser the levels are near sigma_min
@@ -185,7 +185,7 @@ def loss_weight(sigma, sigma_data):
 
 
 def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion", actions=None,
-                           generator=None, history_noise=None):
+                           generator=None, history_noise=None, uncertainty=None):
     """Weighted denoising loss of clips x (B, T, C, H, W) -> scalar. Algorithm 1 of the paper.
 
     `forcing` selects the paradigm, and nothing else changes:
@@ -194,6 +194,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
       "teacher"        next-frame prediction: the past that a frame sees is clean but for
                        `history_noise` (default config.context_noise), which is really added.
     sigma (B, T) replaces the random levels. actions (B, T, A): row t drives the change into t.
+    With an Uncertainty, each frame's loss is divided by the one that its levels let expect.
     """
     B, T = x.shape[:2]
     drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
@@ -205,7 +206,38 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
         past_sigma = torch.full_like(sigma, config.in_frame_units(level))
         history = (x + per_frame(past_sigma) * randn(x.shape, x, generator), past_sigma)
     denoised, _ = model(noisy, sigma, actions=actions, history=history)
-    return (per_frame(loss_weight(sigma, config.sigma_data)) * (denoised - x) ** 2).mean()
+    loss = per_frame(loss_weight(sigma, config.sigma_data)) * (denoised - x) ** 2
+    loss = loss.mean((2, 3, 4))  # (B,T)
+    if uncertainty is not None:  # least where exp(u) is the expected loss, whatever the denoiser
+        u = uncertainty(sigma)
+        loss = loss / u.exp() + u
+    return loss.mean()
+
+
+class Uncertainty(nn.Module):
+    """u(sigma): the logarithm of the loss to expect of each frame, (B, T) -> (B, T). It is learned
+    beside the denoiser, and needed in training only.
+
+    Low noise, or a past that is nearly clean, makes a frame a hundred times easier than noise after
+    noise. The sum of such losses would be all about the hopeless cases, and rollouts are made of
+    the others. Divided by what is expected of it, every mixture of levels counts the same, and the
+    optimal denoiser remains what it was (EDM2, arXiv 2312.02696, where u knows the frame's own
+    level alone; Kendall et al., arXiv 1705.07115).
+    """
+
+    def __init__(self, config, past=4, width=64):
+        super().__init__()
+        self.config, self.past = config, past
+        self.layers = nn.Sequential(nn.Linear(past + 1, width), nn.SiLU(),
+                                    nn.Linear(width, width), nn.SiLU(),
+                                    zero(nn.Linear(width, 1)))  # begins as no change: u = 0
+
+    def forward(self, sigma):
+        *_, c_noise = edm_scalings(sigma, self.config.sigma_data)
+        nothing = math.log(self.config.sigma_max / 0.5) / 4  # before the first frame: pure noise
+        padded = F.pad(c_noise, (self.past, 0), value=nothing)
+        levels = padded.unfold(1, self.past + 1, 1)  # (B,T,past+1): of the frames t-past ... t
+        return self.layers(2 * levels)[..., 0]  # times 2: about unit variance
 
 
 # -------------------------------------------------------------------------------------------------

@@ -13,7 +13,13 @@ import argparse
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import imageio_ffmpeg
 import numpy as np
@@ -183,6 +189,16 @@ def find_device(name):
     return name
 
 
+def peak_memory(device):
+    """The most memory that this process had, in words."""
+    if device.startswith("cuda"):
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
+    if resource is None:
+        return "memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in kB
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+
+
 def positive(text, kind=int):
     """An argparse type: a number above 0."""
     if not 0 < kind(text) < float("inf"):
@@ -270,22 +286,32 @@ def main():
                for path in paths]
     bar = tqdm(frames, total=args.frames, unit=" frames", desc=str(args.out))
     try:
-        write(bar, writers)
+        seconds = write(bar, writers)[args.context_frames :]
     except KeyboardInterrupt:
         fail(f"stopped after {writers[0].count} of {args.frames} frames; those are written")
     except (OSError, RuntimeError, MemoryError) as error:
         bar.close()
         fail(f"{args.out}, frame {writers[0].count}: {explain(error)}")
+    if seconds:
+        tenth = -(-len(seconds) // 10)
+        print(f"{np.median(seconds):.3f} s a frame (median; first tenth: mean "
+              f"{np.mean(seconds[:tenth]):.3f}, last: {np.mean(seconds[-tenth:]):.3f}), "
+              f"{peak_memory(args.device)}")
 
 
 def write(frames, writers):
+    """-> seconds that each frame took."""
+    seconds, since = [], time.perf_counter()
     try:
         for frame in frames:
             for writer, image in zip(writers, to_bytes(frame)):
                 writer.write(image)
+            seconds.append(time.perf_counter() - since)
+            since += seconds[-1]
     finally:
         for writer in writers:
             writer.close()
+    return seconds
 
 
 def schedule(args, clip_frames):

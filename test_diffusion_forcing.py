@@ -301,6 +301,47 @@ def test_the_loss_has_a_gradient():
 
 
 @pytest.mark.loss
+def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
+    spy, x, u = Spy(), torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4)
+    sigma = torch.rand(2, 4) + 0.1
+    loss = lambda **options: float(df.diffusion_forcing_loss(spy, x, spy.config, sigma=sigma, **options))
+    told = []
+    weighed = loss(uncertainty=lambda sigma: told.append(sigma) or u)
+    each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))  # the spy says 0
+    assert torch.equal(told[0], sigma), "what is to be expected depends on the noise that the frames have"
+    assert loss() == pytest.approx(float(each.mean())), "without an Uncertainty nothing changes"
+    assert weighed == pytest.approx(float((each / u.exp() + u).mean())), "loss / exp(u) + u, frame by frame"
+
+
+@pytest.mark.loss
+def test_uncertainty_learns_what_loss_a_frame_and_its_past_let_expect():
+    torch.manual_seed(0)
+    config = tiny()
+    model = df.Uncertainty(config)
+    assert not model(torch.rand(2, 4) + 0.1).any(), "it begins as u = 0: the plain loss"
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):  # a made-up loss: 4 with noise in the frame before, 0.01 without
+        sigma = torch.where(torch.rand(64, 4) < 0.5, 0.01, 10.0)
+        loss = torch.where(F.pad(sigma, (1, 0), value=config.sigma_max)[:, :-1] > 1, 4.0, 0.01) * torch.rand(64, 4) * 2
+        u = model(sigma)
+        (loss / u.exp() + u).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    u = model(torch.tensor([[0.01, 10.0, 10.0, 0.01]])).exp()[0].tolist()
+    assert u == pytest.approx([4, 0.01, 4, 4], rel=0.3), "exp(u) is the mean loss; before frame 0 there is only noise"
+
+
+@pytest.mark.loss
+def test_uncertainty_knows_a_few_levels_up_to_the_frames_own():
+    torch.manual_seed(0)
+    model, sigma = df.Uncertainty(tiny(), past=2), (torch.rand(1, 6) + 0.1).requires_grad_()
+    torch.nn.init.normal_(model.layers[-1].weight)
+    for t in range(6):
+        seen = torch.autograd.grad(model(sigma)[0, t], sigma)[0][0] != 0
+        assert seen.tolist() == [t - 2 <= i <= t for i in range(6)], "frames t-2, t-1 and t, none that comes later"
+
+
+@pytest.mark.loss
 def test_both_streams_of_teacher_forcing_know_the_actions():
     model, (x, past) = random_denoiser(action_dim=2), torch.randn(2, 1, 3, 3, 8, 8)
     sigma, actions = torch.ones(1, 3), torch.randn(1, 3, 2)
@@ -1081,13 +1122,13 @@ def test_balls_keep_their_energy_and_stay_inside():
 
 
 @pytest.mark.cli
-def test_batches_and_noise_depend_on_seed_step_and_rank_alone():
+def test_batches_and_noise_depend_on_seed_step_and_part_alone():
     data = train.Balls(4, 16)
     a, b = train.draw(data, 1, 5, 2), train.draw(data, 1, 5, 2)
-    assert a[0] == b[0] and (a[1] == b[1]).all(), "the same (seed, step, rank) gives the same batch"
+    assert a[0] == b[0] and (a[1] == b[1]).all(), "the same (seed, step, part) gives the same batch"
     levels = lambda seed: df.sample_noise_levels(2000, 2, tiny(), generator=torch.Generator().manual_seed(seed)).log()
-    for other in (train.draw(data, 2, 5, 2), train.draw(data, 1, 6, 2), train.draw(data, 1, 5, 2, rank=1)):
-        assert (a[1] != other[1]).any(), "another seed, step or rank gives another batch"
+    for other in (train.draw(data, 2, 5, 2), train.draw(data, 1, 6, 2), train.draw(data, 1, 5, 2, part=1)):
+        assert (a[1] != other[1]).any(), "another seed, step or part gives another batch"
         both = torch.corrcoef(torch.stack([levels(a[0]).flatten(), levels(other[0]).flatten()]))
         assert abs(both[0, 1]) < 0.1, "and other noise"
 
@@ -1109,23 +1150,68 @@ def test_learning_rate_warms_up_from_step_zero():
 @pytest.mark.cli
 def test_a_training_step_does_what_it_is_told(monkeypatch):
     model, told = random_denoiser(height=16, width=16), {}
-    run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=90, bfloat16=False,
-                    optimizer=torch.optim.AdamW(model.parameters(), 9.0, betas=(0.9, 0.99)))
+    uncertainty = df.Uncertainty(model.config)
+    weights = [*model.parameters(), *uncertainty.parameters()]
+    run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=90, bfloat16=False, weights=weights,
+                    uncertainty=uncertainty, optimizer=torch.optim.AdamW(weights, 9.0, betas=(0.9, 0.99)))
 
     def steep(model, x, config, **options):
         told.update(options)
-        return 1e4 * df.diffusion_forcing_loss(model, x, config, generator=options["generator"])
+        return 1e4 * df.diffusion_forcing_loss(model, x, config, generator=options["generator"],
+                                               uncertainty=options["uncertainty"])
 
     monkeypatch.setattr(train, "diffusion_forcing_loss", steep)
     before, settings = run.ema.stem.weight.clone(), Namespace(device="cpu", forcing="teacher", ema=0.9, lr=9.0)
-    train.train_step(run, settings, 7, balls(2, 4), np.ones((2, 4, 0), np.float32), 1e-3)
+    train.train_step(run, settings, [(7, balls(2, 4), np.ones((2, 4, 0), np.float32))], 1e-3)
+    assert told.get("uncertainty") is uncertainty, "every mixture of levels counts the same"
     assert told.get("forcing") == "teacher" and told.get("actions") is not None, "the loss is told of forcing and actions"
     assert told["generator"].initial_seed() == 7, "the noise is that of the step's seed"
     assert run.optimizer.param_groups[0]["lr"] == 1e-3, "the learning rate of the schedule reaches the optimizer"
     moments = [s["exp_avg"].norm() for s in run.optimizer.state.values()]  # each 0.1 times the gradient, after a step
-    assert torch.stack(moments).norm() == pytest.approx(0.1, rel=0.01), "gradients are clipped to a norm of 1"
+    assert torch.stack(moments).norm() == pytest.approx(1, rel=0.01), "gradients are clipped to a norm of 10"
     assert torch.allclose(run.ema.stem.weight, 0.9 * before + 0.1 * model.stem.weight), "average = decay average + ..."
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters()), "the next step begins without gradient"
+
+
+@pytest.mark.cli
+def test_two_passes_of_a_step_are_one_of_twice_the_clips(monkeypatch):
+    clips, gradients = balls(4, 4, size=16), []
+    monkeypatch.setattr(train, "diffusion_forcing_loss", lambda model, x, *_, **__:
+                        (model(x, torch.ones(x.shape[:2]))[0] - x).square().mean())
+    for batches in ([clips], [clips[:2], clips[2:]]):
+        model = random_denoiser(height=16, width=16)
+        run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=0, bfloat16=False, weights=[*model.parameters()],
+                        uncertainty=df.Uncertainty(model.config), optimizer=torch.optim.SGD(model.parameters(), 0.0))
+        monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
+        loss = train.train_step(run, Namespace(device="cpu", forcing="diffusion", ema=0.9), [(0, b, None) for b in batches], 0.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()] + [loss[None]]))
+    assert torch.allclose(*gradients, atol=1e-5), "losses, and gradients, are averaged over the passes"
+
+
+@pytest.mark.cli
+def test_two_processes_train_the_model_that_one_trains(tmp_path, monkeypatch):
+    words = "--size 16 --clip-frames 4 --batch 1 --device cpu".split()
+    program = "import sys, train\ntrain.preview = lambda *_: None\nsys.exit(train.main())\n"
+    (tmp_path / "run.py").write_text(program)
+
+    def torchrun(*more):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
+        done = subprocess.run([*command, *words, *more], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | dict(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("parameters") == 1, "one process speaks for all"
+
+    torchrun("--steps", "20", "--out", "two.pt")
+    train_here(monkeypatch, tmp_path, *words, "--steps", "20", "--accumulate", "2", "--out", "one.pt")
+    train_here(monkeypatch, tmp_path, *words, "--steps", "12", "--accumulate", "2", "--out", "mixed.pt")
+    torchrun("--steps", "20", "--out", "mixed.pt", "--resume")  # only a check of --resume: its schedule differs
+    saved = {name: torch.load(tmp_path / f"{name}.resume.pt", weights_only=True) for name in ("one", "two", "mixed")}
+    for key in ("weights", "ema", "uncertainty"):
+        for name, weight in saved["one"][key].items():
+            assert torch.allclose(weight, saved["two"][key][name], atol=1e-5), f"{key} {name} depends on how many processes"
+    assert saved["mixed"]["step"] == 20, "a run may go on with another number of processes"
+    logs = [[row[:2] for row in log_without_times(tmp_path / f"{name}.csv")] for name in ("one", "two")]
+    assert logs[0] == logs[1], "the log has the mean loss over the processes, once"
 
 
 @pytest.mark.cli

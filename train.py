@@ -17,6 +17,7 @@ below) and, at the end, model.rollout.mp4 (the same for 256 frames).
 import argparse
 import copy
 import dataclasses
+import datetime
 import hashlib
 import math
 import os
@@ -29,15 +30,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from diffusion_forcing import (FORCINGS, Config, Denoiser, diffusion_forcing_loss, load_checkpoint,
-                               rollout, sample_noise_levels, save_checkpoint, scheduling_matrix)
-from sample import (VideoWriter, explain, fail, find_device, list_images, positive, positive_float,
-                    read_actions, read_clip, side_file, to_bytes, to_frames)
+from diffusion_forcing import (FORCINGS, Config, Denoiser, Uncertainty, diffusion_forcing_loss,
+                               load_checkpoint, rollout, sample_noise_levels, save_checkpoint,
+                               scheduling_matrix)
+from sample import (VideoWriter, explain, fail, find_device, list_images, peak_memory, positive,
+                    positive_float, read_actions, read_clip, side_file, to_bytes, to_frames)
 
+RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 DEFAULTS = dict(data=None, clip_frames=16, stride=1, temporal="attention", forcing="diffusion",
-                seed=0, val=0.1, cache=str(Path.home() / ".cache" / "diffusion_forcing"))
+                seed=0, val=0.1, accumulate=WORLD,
+                cache=str(Path.home() / ".cache" / "diffusion_forcing"))
 PRESETS = {  # small: for anything, and for the balls. base: some tens of millions, for a GPU.
     "small": dict(size=32, batch=2, lr=3e-3, warmup=100, ema=0.995, steps=None, minutes=8.0,
                   dim=32, dim_mults=(1, 2), fast=False, save_minutes=2),
@@ -45,7 +51,7 @@ PRESETS = {  # small: for anything, and for the balls. base: some tens of millio
                  dim=128, dim_mults=(1, 2, 3, 4), fast=True, save_minutes=10),
 }
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
-FREE = ("steps", "minutes", "lr", "device", "cache", "no_compile")  # may change with --resume
+FREE = ("steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # may change with --resume
 CONTEXT = 4  # real frames that a preview goes on from
 
 
@@ -189,16 +195,22 @@ def cached_clip(file, size, cache):
     return path
 
 
-def dice(seed, step, rank=0):
-    """All that is random in a step, from (seed, step, rank) alone: for the noise, for the clips."""
-    rng = np.random.default_rng((seed, step, rank))
+def dice(seed, step, part=0):
+    """All that is random in a batch, from (seed, step, part): for the noise, for the clips. The
+    parts of a step are shared out to the processes, so that their number changes nothing."""
+    rng = np.random.default_rng((seed, step, part))
     return int(rng.integers(2**62)), rng
 
 
-def draw(data, seed, step, batch, rank=0, held=False):
-    """-> noise seed, clips, actions of a step."""
-    noise_seed, rng = dice(seed, step, rank)
+def draw(data, seed, step, batch, part=0, held=False):
+    """-> noise seed, clips, actions of a part of a step."""
+    noise_seed, rng = dice(seed, step, part)
     return noise_seed, *data.batch(rng, batch, held=held)
+
+
+def draw_step(data, s, step):
+    """-> the batches that this process takes of a step."""
+    return [draw(data, s.seed, step, s.batch, part) for part in range(RANK, s.accumulate, WORLD)]
 
 
 def to_tensors(clips, actions, device):
@@ -223,6 +235,14 @@ def measure(data, seed):
 # ---- the run -------------------------------------------------------------------------------------
 
 
+def agree(*values):
+    """The largest of each number over all processes, which wait for each other here."""
+    shared = torch.tensor(values, dtype=torch.float64)
+    if WORLD > 1:
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, epilog="presets: " + "; ".join(
         f"{name}: " + ", ".join(f"{k}={v}" for k, v in preset.items() if v) for name, preset in
@@ -234,7 +254,9 @@ def parse_args():
     add("--size", type=positive, help="height and width in pixels (default: the preset's)")
     add("--clip-frames", type=positive, help="frames of a training clip (default: 16)")
     add("--stride", type=positive, help="take every n-th frame of a clip (default: 1)")
-    add("--batch", type=positive, help="clips a step (default: the preset's)")
+    add("--batch", type=positive, help="clips of one pass (default: the preset's)")
+    add("--accumulate", type=positive, help="passes of a step, over all processes together "
+        "(default: one in each)")
     add("--steps", type=positive, help="length of the run in steps (default: the preset's)")
     add("--minutes", type=positive_float, help="length in minutes (default: the preset's); the "
         "learning rate follows the clock, so that only --steps makes a run that can be repeated")
@@ -268,7 +290,7 @@ def settle(args):
             saved = load_checkpoint(resume)[1]
         except (OSError, ValueError) as error:
             fail(explain(error))
-        if "mark" not in saved:
+        if "uncertainty" not in saved:
             fail(f"{resume} is not of this version of train.py: --overwrite starts anew")
         stored = saved["settings"]
         differ = [f"--{k.replace('_', '-')} {stored[k]}, not {v}" for k, v in given.items()
@@ -280,6 +302,8 @@ def settle(args):
         stored = stored | dict(steps=None, minutes=None)
     window = args.clip_frames or stored["clip_frames"]
     s = argparse.Namespace(**(dict(window=window) | stored | given | dict(device=device)))
+    if s.accumulate % WORLD:
+        fail(f"--accumulate {s.accumulate}: a multiple of the {WORLD} processes is needed")
     if not 0 <= s.val <= 0.5:
         fail(f"--val {s.val}: a share between 0 and 0.5 is needed")
     return s, resume
@@ -306,9 +330,12 @@ def build(s, data, resume):
         run.model = Denoiser(config).to(s.device)
     run.ema = copy.deepcopy(run.model).eval()
     run.model.train()
-    run.optimizer = torch.optim.AdamW(run.model.parameters(), s.lr, betas=(0.9, 0.99))
+    run.uncertainty = Uncertainty(run.model.config).to(s.device)
+    run.weights = [*run.model.parameters(), *run.uncertainty.parameters()]
+    run.optimizer = torch.optim.AdamW(run.weights, s.lr, betas=(0.9, 0.99))
     if s.resume:
         run.ema.load_state_dict(saved["ema"])
+        run.uncertainty.load_state_dict(saved["uncertainty"])
         run.optimizer.load_state_dict(saved["optimizer"])
     on_cuda = s.device.startswith("cuda")
     run.bfloat16 = s.fast and on_cuda and torch.cuda.get_device_capability(s.device) >= (8, 0)
@@ -316,6 +343,9 @@ def build(s, data, resume):
         print(f"no bfloat16 on {s.device}: training in float32")
     compiled = s.fast and on_cuda and not s.no_compile
     run.network = torch.compile(run.model) if compiled else run.model
+    if WORLD > 1:
+        run.network = DistributedDataParallel(run.network)
+        run.uncertainty = DistributedDataParallel(run.uncertainty)
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{count / 1e6:.2f} M parameters, preset {s.preset}, {s.device}")
     return run
@@ -326,52 +356,66 @@ def learning_rate(step, progress, s):
     return s.lr * min(1, (step + 1) / s.warmup) * min(1, 2 * (1 - progress))
 
 
-def train_step(run, s, noise_seed, clips, actions, lr):
-    """One step of AdamW and of the moving average -> the loss, still on the device."""
-    x, actions = to_tensors(clips, actions, s.device)
-    generator = torch.Generator(s.device).manual_seed(noise_seed)
+def train_step(run, s, batches, lr):
+    """One step of AdamW and of the moving average -> the mean loss, still on the device."""
+    total = 0
+    for i, (noise_seed, clips, actions) in enumerate(batches, 1):
+        x, actions = to_tensors(clips, actions, s.device)
+        generator = torch.Generator(s.device).manual_seed(noise_seed)
+        for module in (run.network, run.uncertainty):  # processes exchange gradients once a step
+            module.require_backward_grad_sync = i == len(batches)
+        with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=run.bfloat16):
+            loss = diffusion_forcing_loss(
+                run.network, x, run.model.config, forcing=s.forcing, actions=actions,
+                generator=generator, uncertainty=run.uncertainty) / len(batches)
+        loss.backward()
+        total = total + loss.detach()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=run.bfloat16):
-        loss = diffusion_forcing_loss(run.network, x, run.model.config, forcing=s.forcing,
-                                      actions=actions, generator=generator)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(run.weights, 10.0)
     run.optimizer.step()
     run.optimizer.zero_grad()
     decay = min(s.ema, (run.step + 1) / (run.step + 10))  # short memory at first
     with torch.no_grad():
         torch._foreach_lerp_([*run.ema.parameters()], [*run.model.parameters()], 1 - decay)
     run.step += 1
-    return loss.detach()
+    return total
 
 
 def check(run, s, data):
     """Raises FloatingPointError, before anything is saved, if a loss is no number."""
-    run.losses = [float(loss) for loss in run.losses]
+    losses = torch.tensor([float(loss) for loss in run.losses])
+    if WORLD > 1:
+        dist.all_reduce(losses)
+    run.losses = (losses / WORLD).tolist()
     wrong = [i for i, loss in enumerate(run.losses) if not math.isfinite(loss)]
     if wrong:
         step = run.step - len(run.losses) + wrong[0]
-        noise_seed, rng = dice(s.seed, step)
-        sigma = sample_noise_levels(s.batch, s.clip_frames, run.model.config, s.forcing,
-                                    torch.Generator(s.device).manual_seed(noise_seed))
-        clips = ", ".join(data.names(rng, s.batch))
+        drawn = [dice(s.seed, step, part) for part in range(s.accumulate)]
+        sigma = torch.stack([sample_noise_levels(
+            s.batch, s.clip_frames, run.model.config, s.forcing,
+            torch.Generator(s.device).manual_seed(noise_seed)) for noise_seed, _ in drawn])
+        clips = ", ".join(name for _, rng in drawn for name in data.names(rng, s.batch))
         raise FloatingPointError(
             f"the loss of step {step} is {run.losses[wrong[0]]} (clips: {clips}; sigma "
             f"{sigma.min():.3g} to {sigma.max():.3g}): a lower --lr may help")
 
 
 def save(run, s, data, resume):
-    config = run.model.config
     check(run, s, data)
+    if RANK:
+        return
+    config, bare = run.model.config, getattr(run.uncertainty, "module", run.uncertainty)
     save_checkpoint(resume, config, run.model.state_dict(), ema=run.ema.state_dict(), step=run.step,
-                    optimizer=run.optimizer.state_dict(), elapsed=run.elapsed, settings=vars(s),
-                    losses=run.losses, mark=data.mark)
+                    uncertainty=bare.state_dict(), optimizer=run.optimizer.state_dict(),
+                    elapsed=run.elapsed, settings=vars(s), losses=run.losses, mark=data.mark)
     save_checkpoint(s.out, config, run.ema.state_dict(), step=run.step, stride=s.stride)
 
 
 def preview(name, model, data, num_frames, s, columns=4):
     """Writes a video: real clips above, rollouts from their first frames below."""
+    if RANK:
+        return None
     path = Path(s.out).with_suffix(f".{name}.mp4")
     real, actions = data.batch(np.random.default_rng(0), columns, num_frames, held=True)
     context, actions = to_tensors(real[:, :CONTEXT], actions, s.device)
@@ -428,7 +472,8 @@ def open_log(path, s, step):
 def report(run, s, data, log, bar, seconds, lr):
     """A row of the log, and the progress bar."""
     check(run, s, data)
-    loss, speed = np.mean(run.losses), len(run.losses) * s.batch * s.clip_frames / seconds
+    loss = np.mean(run.losses)
+    speed = len(run.losses) * s.accumulate * s.batch * s.clip_frames / seconds
     held = validate(run, s, data) if run.step % 500 == 0 else []
     bands = ",".join(f"{x:.5f}" for x in held) or ",,"
     log.write(f"{run.step},{loss:.5f},{lr:.3g},{bands},{speed:.1f},{run.elapsed:.1f}\n")
@@ -440,21 +485,21 @@ def report(run, s, data, log, bar, seconds, lr):
 
 def train(s, run, data, resume):
     """The loop: until the end -> True, or until Ctrl-C (SIGINT, SIGTERM) -> False."""
-    out, stop, pool = Path(s.out), [], ThreadPoolExecutor(1)
+    out, stop, stopped, pool = Path(s.out), [], 0, ThreadPoolExecutor(1)
     signals = (signal.SIGINT, signal.SIGTERM)  # finish the step; a second one ends at once
     handlers = [signal.signal(n, lambda n, _: stop.append(n) or signal.signal(n, signal.SIG_DFL))
                 for n in signals]
-    log = open_log(out.with_suffix(".csv"), s, run.step)
+    log = open(os.devnull, "w") if RANK else open_log(out.with_suffix(".csv"), s, run.step)
     start, saved, since = time.monotonic() - run.elapsed, run.elapsed, time.monotonic()
-    upcoming = pool.submit(draw, data, s.seed, run.step, s.batch)
-    with tqdm(total=1.0, initial=progress(run, s), bar_format="{percentage:3.0f}%|{bar}| "
-              "{elapsed}<{remaining}{postfix}") as bar:
-        while not stop and progress(run, s) < 1:
-            batch = upcoming.result()
-            upcoming = pool.submit(draw, data, s.seed, run.step + 1, s.batch)  # during this step
+    upcoming = pool.submit(draw_step, data, s, run.step)
+    with tqdm(total=1.0, initial=progress(run, s), disable=RANK > 0, bar_format="{percentage:3.0f}%"
+              "|{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        while not stopped and progress(run, s) < 1:
+            batches = upcoming.result()
+            upcoming = pool.submit(draw_step, data, s, run.step + 1)  # during this step
             lr = learning_rate(run.step, progress(run, s), s)
-            run.losses.append(train_step(run, s, *batch, lr))
-            run.elapsed = time.monotonic() - start
+            run.losses.append(train_step(run, s, batches, lr))
+            run.elapsed, stopped = agree(time.monotonic() - start, len(stop))
             if run.step % 20 == 0:
                 report(run, s, data, log, bar, time.monotonic() - since, lr)
                 since = time.monotonic()
@@ -467,14 +512,29 @@ def train(s, run, data, resume):
     save(run, s, data, resume)
     for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
-    return not stop
+    return not stopped
+
+
+def join():
+    """Under torchrun, makes this process one of a group; the first speaks for all."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(timeout=datetime.timedelta(days=1))  # decoding may take that long
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
 
 
 def main():
     s, resume = settle(parse_args())
     try:
+        if WORLD > 1:
+            join()
         if s.data:
+            if RANK:
+                agree(0)  # the first process decodes, the others wait and find all done
             data = Clips(s.data, s.clip_frames, s.size, s.stride, Path(s.cache), s.val)
+            if not RANK:
+                agree(0)
         else:
             data = Balls(s.clip_frames, s.size)
         run = build(s, data, resume)
@@ -487,7 +547,9 @@ def main():
     if not finished:
         words = shlex.join(w for w in sys.argv if w not in ("--overwrite", "--resume"))
         sys.exit(f"stopped and saved at step {run.step}; to go on: python {words} --resume")
-    print(f"{s.out}: {run.step} steps in {run.elapsed / 60:.1f} minutes; a rollout is in {video}\n"
+    frames = run.step * s.accumulate * s.batch * s.clip_frames
+    print(f"{s.out}: {run.step} steps in {run.elapsed / 60:.1f} minutes, {frames / run.elapsed:.0f} "
+          f"frames/s, {peak_memory(s.device)}; a rollout is in {video}\n"
           f"more of them: python sample.py --ckpt {s.out} --frames 256")
 
 
