@@ -595,9 +595,8 @@ def rotary(x, position):
     half = x.shape[-1] // 2
     frequency = math.pi / 2 * 1000.0 ** -(torch.arange(half, device=x.device) / half)
     angle = position[:, None] * frequency  # (T,d/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    cos, sin = angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], -1)  # (T,d) each
+    return x * cos.to(x.dtype) + x.roll(half, -1) * sin.to(x.dtype)
 
 
 # -------------------------------------------------------------------------------------------------
