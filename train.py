@@ -51,7 +51,7 @@ PRESETS = {  # small: for anything, and for the balls. base: some tens of millio
                  dim=128, dim_mults=(1, 2, 3, 4), fast=True, save_minutes=10),
 }
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
-FREE = ("steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # may change with --resume
+FREE = ("steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # on --resume
 CONTEXT = 4  # real frames that a preview goes on from
 
 
@@ -546,10 +546,12 @@ def main():
         fail(explain(error) + kept)
     if not finished:
         words = shlex.join(w for w in sys.argv if w not in ("--overwrite", "--resume"))
-        sys.exit(f"stopped and saved at step {run.step}; to go on: python {words} --resume")
+        start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={WORLD}"
+        sys.exit(RANK and 1 or f"stopped and saved at step {run.step}; to go on: {start} {words} "
+                 "--resume")
     frames = run.step * s.accumulate * s.batch * s.clip_frames
-    print(f"{s.out}: {run.step} steps in {run.elapsed / 60:.1f} minutes, {frames / run.elapsed:.0f} "
-          f"frames/s, {peak_memory(s.device)}; a rollout is in {video}\n"
+    print(f"{s.out}: {run.step} steps in {run.elapsed / 60:.1f} minutes, "
+          f"{frames / run.elapsed:.0f} frames/s, {peak_memory(s.device)}; a rollout is in {video}\n"
           f"more of them: python sample.py --ckpt {s.out} --frames 256")
 
 
