@@ -30,9 +30,10 @@ Glossary
   state           what the network keeps of finished frames: keys and values, or a hidden state
 
 Departures from the paper: EDM's noise levels, preconditioning, weighting and deterministic steps
-(Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; attention with a cache as a second
-choice beside a GRU, which here runs at every location of the U-Net (the paper: a convolutional
-GRU); rows of the matrix in the order of sampling; the noise on finished frames is really added.
+(Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; on top of that weighting, one that
+is learned (Uncertainty); attention with a cache as a second choice beside a GRU, which here runs at
+every location of the U-Net (the paper: a convolutional GRU); rows of the matrix in the order of
+sampling; the noise on finished frames is really added.
 
 Does not include: latent autoencoders, text conditioning, guidance, discrete noise schedules.
 
@@ -76,8 +77,8 @@ class Config:
     sigma_data: float = 0.5          # standard deviation of the training frames, measured
     data_mean: tuple = ()            # their mean, a number a channel, measured; () = zeros
     action_scale: tuple = ()         # root mean square of each action, measured; () = ones
-    P_mean: float = -0.6             # training noise: ln sigma ~ Normal(P_mean, P_std^2)
-    P_std: float = 2.4
+    P_mean: float = -0.6             # training noise: ln sigma ~ Normal(P_mean, P_std^2), so wide
+    P_std: float = 2.4               # that several nearly clean frames in a row are not rare
     sigma_min: float = 0.02          # sampling noise: from sigma_max to sigma_min, then 0
     sigma_max: float = 80.0
     rho: float = 7.0                 # EDM: how much denser the levels are near sigma_min
