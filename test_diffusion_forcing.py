@@ -1295,7 +1295,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path / "broken", "--resume")
     for file in ("model.pt", "model.resume.pt"):
         a, b = (torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "broken"))
-        for key in ("weights", "ema"):
+        for key in ("weights", "ema", "uncertainty"):
             for weight in a.get(key, {}):
                 assert torch.equal(a[key][weight], b[key][weight]), f"{file}: {weight} differs after Ctrl-C and --resume"
         assert a["step"] == b["step"] == 62, f"{file}: --steps counts the steps before the interruption too"
@@ -1416,6 +1416,7 @@ def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
     flags = "--data clips --steps 3 --size 16 --clip-frames 4 --temporal gru --cache cache --device cpu".split()
     out = run("train.py", *flags, cwd=tmp_path)
     assert "5 clips (0 held out), 43 frames, 2 actions" in out and "short.npy" in out and "notes.mp4" in out, out
+    assert "frames/s" in out.splitlines()[-2] and "GB of memory" in out, f"say how fast it was, and how large: {out}"
     missing = {"model.pt", "model.resume.pt", "model.csv", "model.rollout.mp4"} - set(os.listdir(tmp_path))
     assert not missing, f"train.py did not write {missing}"
     for suffix in (".mp4", ".gif", ".webm", ".npy"):
@@ -1423,6 +1424,15 @@ def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
             "--out", f"out{suffix}", "--device", "cpu", cwd=tmp_path)
         assert sample.read_clip(tmp_path / f"out{suffix}", 16, 16).shape == (7, 16, 16, 3), f"{suffix}: frames got lost"
     assert "--resume" in run("train.py", *flags, cwd=tmp_path, code=2), "a finished model.pt is not overwritten"
+
+
+@pytest.mark.cli
+def test_a_frame_takes_the_time_until_the_next(monkeypatch):
+    clock, written = iter([0.0, 1.0, 3.0, 6.0]), []
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
+    writer = Namespace(write=written.append, close=lambda: written.append("closed"))
+    assert sample.write(torch.zeros(3, 1, 3, 2, 2), [writer]) == [1, 2, 3], "seconds of frames 0, 1 and 2"
+    assert len(written) == 4 and written[-1] == "closed", "every frame is written, then the file is closed"
 
 
 @pytest.mark.cli

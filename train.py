@@ -12,7 +12,7 @@
 Beside --out model.pt it writes model.resume.pt (what --resume needs), model.csv (the log),
 model.preview.mp4 (real clips above, rollouts of twice their length from the same first frames
 below) and, at the end, model.rollout.mp4 (the same for 256 frames). Losses in the log: of training,
-weighed by Uncertainty (below zero before long); then, plain, of held-out clips at three noise bands.
+weighed by Uncertainty (soon below zero); then, plain, of held-out clips in three bands of noise.
 """
 
 import argparse
