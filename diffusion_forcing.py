@@ -30,10 +30,10 @@ Glossary
   state           what the network keeps of finished frames: keys and values, or a hidden state
 
 Departures from the paper: EDM's noise levels, preconditioning, weighting and deterministic steps
-(Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; on top of that weighting, one that
-is learned (Uncertainty); attention with a cache as a second choice beside a GRU, which here runs at
-every location of the U-Net (the paper: a convolutional GRU); rows of the matrix in the order of
-sampling; the noise on finished frames is really added.
+(Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; on top of that weighting, a learned
+one (ExpectedLoss); attention with a cache as a second choice beside a GRU, which here runs at every
+location of the U-Net (the paper: a convolutional GRU); rows of the matrix in the order of sampling;
+the noise on finished frames is really added.
 
 Does not include: latent autoencoders, text conditioning, guidance, discrete noise schedules.
 
@@ -186,7 +186,7 @@ def loss_weight(sigma, sigma_data):
 
 
 def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion", actions=None,
-                           generator=None, history_noise=None, uncertainty=None):
+                           generator=None, history_noise=None, expected_loss=None):
     """Weighted denoising loss of clips x (B, T, C, H, W) -> scalar. Algorithm 1 of the paper.
 
     `forcing` selects the paradigm, and nothing else changes:
@@ -195,35 +195,37 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
       "teacher"        next-frame prediction: the past that a frame sees is clean but for
                        `history_noise` (default config.context_noise), which is really added.
     sigma (B, T) replaces the random levels. actions (B, T, A): row t drives the change into t.
-    With an Uncertainty, each frame's loss is divided by the one that its levels let expect.
+    With an ExpectedLoss, a frame's loss counts as loss / exp(u) + u, exp(u) being what its levels
+    and those of its past let expect.
     """
     B, T = x.shape[:2]
     drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
     sigma = drawn if sigma is None else sigma
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
-    history = None
+    history, past_sigma = None, sigma
     if forcing == "teacher":
         level = config.context_noise if history_noise is None else history_noise
         past_sigma = torch.full_like(sigma, config.in_frame_units(level))
         history = (x + per_frame(past_sigma) * randn(x.shape, x, generator), past_sigma)
-    denoised, _ = model(noisy, sigma, actions=actions, history=history)
+    denoised, _ = model(noisy, sigma, actions=actions, commit=0, history=history)
     loss = per_frame(loss_weight(sigma, config.sigma_data)) * (denoised - x) ** 2
     loss = loss.mean((2, 3, 4))  # (B,T)
-    if uncertainty is not None:  # least where exp(u) is the expected loss, whatever the denoiser
-        u = uncertainty(sigma)
+    if expected_loss is not None:  # least where exp(u) is the mean loss, whatever the denoiser
+        u = expected_loss(sigma, past_sigma)
         loss = loss / u.exp() + u
     return loss.mean()
 
 
-class Uncertainty(nn.Module):
-    """u(sigma): the logarithm of the loss to expect of each frame, (B, T) -> (B, T). It is learned
-    beside the denoiser, and needed in training only.
+class ExpectedLoss(nn.Module):
+    """u: the logarithm of the loss to expect of each frame, (B, T), from its level sigma (B, T) and
+    past_sigma (B, T), those at which it sees the frames before it. Learned beside the denoiser, and
+    needed in training only.
 
-    Low noise, or a past that is nearly clean, makes a frame a hundred times easier than noise after
-    noise. The sum of such losses would be all about the hopeless cases, and rollouts are made of
-    the others. Divided by what is expected of it, every mixture of levels counts the same, and the
-    optimal denoiser remains what it was (EDM2, arXiv 2312.02696, where u knows the frame's own
-    level alone; Kendall et al., arXiv 1705.07115).
+    Low noise, or a past that is nearly clean, makes a frame a hundred times easier than a noisy one
+    after noisy ones. The sum of such losses would be all about the hopeless cases, and rollouts are
+    made of the others. Divided by what is expected of it, every mixture of levels counts the same,
+    and the optimal denoiser remains what it was (EDM2, arXiv 2312.02696, where u knows the frame's
+    own level alone; Kendall et al., arXiv 1705.07115).
     """
 
     def __init__(self, config, past=4, width=64):
@@ -233,12 +235,13 @@ class Uncertainty(nn.Module):
                                     nn.Linear(width, width), nn.SiLU(),
                                     zero(nn.Linear(width, 1)))  # begins as no change: u = 0
 
-    def forward(self, sigma):
-        *_, c_noise = edm_scalings(sigma, self.config.sigma_data)
+    def forward(self, sigma, past_sigma):
+        own, past = (edm_scalings(s, self.config.sigma_data)[-1] for s in (sigma, past_sigma))
         nothing = math.log(self.config.sigma_max / 0.5) / 4  # before the first frame: pure noise
-        padded = F.pad(c_noise, (self.past, 0), value=nothing)
-        levels = padded.unfold(1, self.past + 1, 1)  # (B,T,past+1): of the frames t-past ... t
-        return self.layers(2 * levels)[..., 0]  # times 2: about unit variance
+        past = F.pad(past, (self.past, 0), value=nothing)[:, :-1]
+        levels = torch.cat([past.unfold(1, self.past, 1), own[..., None]], -1)  # (B,T,past+1)
+        with torch.autocast(sigma.device.type, enabled=False):
+            return self.layers(2 * levels)[..., 0]  # times 2: about unit variance
 
 
 # -------------------------------------------------------------------------------------------------
@@ -592,7 +595,7 @@ class TemporalGRU(nn.Module):
 
 def rotary(x, position):
     """Rotary position embedding (arXiv 2104.09864): x (N, heads, T, d), position (T,) -> x. The
-    first pair of channels turns by a quarter a frame, the last about a thousand times slower."""
+    first pair of channels turns by a quarter a frame, the last some hundred times slower."""
     half = x.shape[-1] // 2
     frequency = math.pi / 2 * 1000.0 ** -(torch.arange(half, device=x.device) / half)
     angle = position[:, None] * frequency  # (T,d/2)

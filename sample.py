@@ -16,11 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 import imageio_ffmpeg
 import numpy as np
 import torch
@@ -52,7 +47,8 @@ def explain(error):
         return f"{error.filename}: {error.strerror}" if error.filename else first
     if isinstance(error, (ValueError, FloatingPointError)):
         return str(error)
-    if "memory" not in str(error) and not isinstance(error, MemoryError):
+    short = re.search("out of memory|allocate memory", str(error))
+    if not short and not isinstance(error, MemoryError):
         raise error
     return "out of memory: lower --batch (or, in training, --size, --clip-frames, --preset)"
 
@@ -193,7 +189,9 @@ def peak_memory(device):
     """The most memory that this process had, in words."""
     if device.startswith("cuda"):
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of GPU memory"
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return "memory unknown"
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in kB
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
@@ -279,11 +277,11 @@ def main():
         frames = rollout(model, schedule(args, model.config.clip_frames), args.frames, context,
                          batch_size=args.batch, actions=actions, solver=args.solver,
                          generator=torch.Generator(args.device).manual_seed(args.seed))
+        height, width, scale = model.config.height, model.config.width, args.scale
+        writers = [VideoWriter(path, height, width, args.fps, scale or -(-256 // height))
+                   for path in paths]
     except (OSError, ValueError) as error:
         fail(explain(error))
-    height, width, scale = model.config.height, model.config.width, args.scale
-    writers = [VideoWriter(path, height, width, args.fps, scale or -(-256 // height))
-               for path in paths]
     bar = tqdm(frames, total=args.frames, unit=" frames", desc=str(args.out))
     try:
         seconds = write(bar, writers)[args.context_frames :]
@@ -292,11 +290,11 @@ def main():
     except (OSError, RuntimeError, MemoryError) as error:
         bar.close()
         fail(f"{args.out}, frame {writers[0].count}: {explain(error)}")
-    if seconds:
+    if seconds:  # frames of a tile come in a burst: only the mean is fair to every schedule
         tenth = -(-len(seconds) // 10)
-        print(f"{np.median(seconds):.3f} s a frame (median; first tenth: mean "
-              f"{np.mean(seconds[:tenth]):.3f}, last: {np.mean(seconds[-tenth:]):.3f}), "
-              f"{peak_memory(args.device)}")
+        print(f"{np.mean(seconds):.3f} s a frame (median {np.median(seconds):.3f}, mean of the "
+              f"first tenth {np.mean(seconds[:tenth]):.3f}, of the last "
+              f"{np.mean(seconds[-tenth:]):.3f}), {peak_memory(args.device)}")
 
 
 def write(frames, writers):

@@ -236,7 +236,7 @@ def test_the_state_after_two_streams_is_that_of_the_clean_one(temporal):
 def test_history_of_teacher_forcing_carries_the_noise_it_says():
     seen = {}
 
-    def model(x, sigma, *, actions=None, history=None):
+    def model(x, sigma, *, actions=None, commit=None, history=None):
         seen["history"] = history
         return x, None
 
@@ -254,7 +254,7 @@ def test_history_of_teacher_forcing_carries_the_noise_it_says():
 def test_each_forcing_has_its_own_levels_and_history(forcing, levels):
     seen, actions = {}, torch.randn(2, 4, 1)
 
-    def model(x, sigma, *, actions=None, history=None):
+    def model(x, sigma, *, actions=None, commit=None, history=None):
         seen.update(sigma=sigma, history=history, actions=actions)
         return x, None
 
@@ -268,7 +268,7 @@ def test_each_forcing_has_its_own_levels_and_history(forcing, levels):
 def test_history_has_noise_of_its_own_from_the_generator():
     seen = []
 
-    def model(x, sigma, *, actions=None, history=None):
+    def model(x, sigma, *, actions=None, commit=None, history=None):
         seen.append((x.flatten(), history[0].flatten()))
         return x, None
 
@@ -283,7 +283,7 @@ def test_history_has_noise_of_its_own_from_the_generator():
 def test_noise_on_the_history_is_shared_by_no_clips_frames_or_channels():
     seen = []
 
-    def model(x, sigma, *, actions=None, history=None):
+    def model(x, sigma, *, actions=None, commit=None, history=None):
         seen.append(history[0])
         return x, None
 
@@ -306,39 +306,43 @@ def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
     sigma = torch.rand(2, 4) + 0.1
     loss = lambda **options: float(df.diffusion_forcing_loss(spy, x, spy.config, sigma=sigma, **options))
     told = []
-    weighed = loss(uncertainty=lambda sigma: told.append(sigma) or u)
+    weighed = loss(expected_loss=lambda *levels: told.append(levels) or u)
     each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))  # the spy says 0
-    assert torch.equal(told[0], sigma), "what is to be expected depends on the noise that the frames have"
-    assert loss() == pytest.approx(float(each.mean())), "without an Uncertainty nothing changes"
+    assert all(torch.equal(s, sigma) for s in told[0]), "what is to be expected depends on the noise that the frames have"
+    loss(forcing="teacher", history_noise=0.4, expected_loss=lambda *levels: told.append(levels) or u)
+    assert torch.equal(told[1][0], sigma) and (told[1][1] == 0.4 * units(spy.config)).all(), "teacher: the past is as clean as it is seen"
+    assert loss() == pytest.approx(float(each.mean())), "without an ExpectedLoss nothing changes"
     assert weighed == pytest.approx(float((each / u.exp() + u).mean())), "loss / exp(u) + u, frame by frame"
 
 
 @pytest.mark.loss
-def test_uncertainty_learns_what_loss_a_frame_and_its_past_let_expect():
+def test_expected_loss_learns_what_loss_a_frame_and_its_past_let_expect():
     torch.manual_seed(0)
     config = tiny()
-    model = df.Uncertainty(config)
-    assert not model(torch.rand(2, 4) + 0.1).any(), "it begins as u = 0: the plain loss"
+    model = df.ExpectedLoss(config)
+    assert not model(*torch.rand(2, 2, 4) + 0.1).any(), "it begins as u = 0: the plain loss"
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(300):  # a made-up loss: 4 with noise in the frame before, 0.01 without
         sigma = torch.where(torch.rand(64, 4) < 0.5, 0.01, 10.0)
         loss = torch.where(F.pad(sigma, (1, 0), value=config.sigma_max)[:, :-1] > 1, 4.0, 0.01) * torch.rand(64, 4) * 2
-        u = model(sigma)
+        u = model(sigma, sigma)
         (loss / u.exp() + u).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    u = model(torch.tensor([[0.01, 10.0, 10.0, 0.01]])).exp()[0].tolist()
+    sigma = torch.tensor([[0.01, 10.0, 10.0, 0.01]])
+    u = model(sigma, sigma).exp()[0].tolist()
     assert u == pytest.approx([4, 0.01, 4, 4], rel=0.3), "exp(u) is the mean loss; before frame 0 there is only noise"
 
 
 @pytest.mark.loss
-def test_uncertainty_knows_a_few_levels_up_to_the_frames_own():
+def test_expected_loss_knows_the_frames_own_level_and_a_few_that_it_sees():
     torch.manual_seed(0)
-    model, sigma = df.Uncertainty(tiny(), past=2), (torch.rand(1, 6) + 0.1).requires_grad_()
+    model, (own, past) = df.ExpectedLoss(tiny(), past=2), (torch.rand(2, 1, 6) + 0.1).requires_grad_()
     torch.nn.init.normal_(model.layers[-1].weight)
     for t in range(6):
-        seen = torch.autograd.grad(model(sigma)[0, t], sigma)[0][0] != 0
-        assert seen.tolist() == [t - 2 <= i <= t for i in range(6)], "frames t-2, t-1 and t, none that comes later"
+        knows = [g[0].ne(0).tolist() for g in torch.autograd.grad(model(own, past)[0, t], (own, past))]
+        assert knows[0] == [i == t for i in range(6)], "its own level"
+        assert knows[1] == [t - 2 <= i < t for i in range(6)], "the two frames before it, none that comes later"
 
 
 @pytest.mark.loss
@@ -1150,20 +1154,20 @@ def test_learning_rate_warms_up_from_step_zero():
 @pytest.mark.cli
 def test_a_training_step_does_what_it_is_told(monkeypatch):
     model, told = random_denoiser(height=16, width=16), {}
-    uncertainty = df.Uncertainty(model.config)
-    weights = [*model.parameters(), *uncertainty.parameters()]
+    expected = df.ExpectedLoss(model.config)
+    weights = [*model.parameters(), *expected.parameters()]
     run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=90, bfloat16=False, weights=weights,
-                    uncertainty=uncertainty, optimizer=torch.optim.AdamW(weights, 9.0, betas=(0.9, 0.99)))
+                    expected_loss=expected, optimizer=torch.optim.AdamW(weights, 9.0, betas=(0.9, 0.99)))
 
     def steep(model, x, config, **options):
         told.update(options)
         return 1e4 * df.diffusion_forcing_loss(model, x, config, generator=options["generator"],
-                                               uncertainty=options["uncertainty"])
+                                               expected_loss=options["expected_loss"])
 
     monkeypatch.setattr(train, "diffusion_forcing_loss", steep)
     before, settings = run.ema.stem.weight.clone(), Namespace(device="cpu", forcing="teacher", ema=0.9, lr=9.0)
     train.train_step(run, settings, [(7, balls(2, 4), np.ones((2, 4, 0), np.float32))], 1e-3)
-    assert told.get("uncertainty") is uncertainty, "every mixture of levels counts the same"
+    assert told.get("expected_loss") is expected, "every mixture of levels counts the same"
     assert told.get("forcing") == "teacher" and told.get("actions") is not None, "the loss is told of forcing and actions"
     assert told["generator"].initial_seed() == 7, "the noise is that of the step's seed"
     assert run.optimizer.param_groups[0]["lr"] == 1e-3, "the learning rate of the schedule reaches the optimizer"
@@ -1181,7 +1185,7 @@ def test_two_passes_of_a_step_are_one_of_twice_the_clips(monkeypatch):
     for batches in ([clips], [clips[:2], clips[2:]]):
         model = random_denoiser(height=16, width=16)
         run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=0, bfloat16=False, weights=[*model.parameters()],
-                        uncertainty=df.Uncertainty(model.config), optimizer=torch.optim.SGD(model.parameters(), 0.0))
+                        expected_loss=df.ExpectedLoss(model.config), optimizer=torch.optim.SGD(model.parameters(), 0.0))
         monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
         loss = train.train_step(run, Namespace(device="cpu", forcing="diffusion", ema=0.9), [(0, b, None) for b in batches], 0.0)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()] + [loss[None]]))
@@ -1206,7 +1210,7 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path, *words, "--steps", "12", "--accumulate", "2", "--out", "mixed.pt")
     torchrun("--steps", "20", "--out", "mixed.pt", "--resume")  # only a check of --resume: its schedule differs
     saved = {name: torch.load(tmp_path / f"{name}.resume.pt", weights_only=True) for name in ("one", "two", "mixed")}
-    for key in ("weights", "ema", "uncertainty"):
+    for key in ("weights", "ema", "expected_loss"):
         for name, weight in saved["one"][key].items():
             assert torch.allclose(weight, saved["two"][key][name], atol=1e-5), f"{key} {name} depends on how many processes"
     assert saved["mixed"]["step"] == 20, "a run may go on with another number of processes"
@@ -1295,7 +1299,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path / "broken", "--resume")
     for file in ("model.pt", "model.resume.pt"):
         a, b = (torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "broken"))
-        for key in ("weights", "ema", "uncertainty"):
+        for key in ("weights", "ema", "expected_loss"):
             for weight in a.get(key, {}):
                 assert torch.equal(a[key][weight], b[key][weight]), f"{file}: {weight} differs after Ctrl-C and --resume"
         assert a["step"] == b["step"] == 62, f"{file}: --steps counts the steps before the interruption too"

@@ -11,8 +11,8 @@
 
 Beside --out model.pt it writes model.resume.pt (what --resume needs), model.csv (the log),
 model.preview.mp4 (real clips above, rollouts of twice their length from the same first frames
-below) and, at the end, model.rollout.mp4 (the same for 256 frames). Losses in the log: of training,
-weighed by Uncertainty (soon below zero); then, plain, of held-out clips in three bands of noise.
+below) and, at the end, model.rollout.mp4 (the same for 256 frames). Losses in the log: of training
+(loss / exp(u) + u: soon below zero); then, plain, of held-out clips in three bands of noise.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from diffusion_forcing import (FORCINGS, Config, Denoiser, Uncertainty, diffusion_forcing_loss,
+from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, diffusion_forcing_loss,
                                load_checkpoint, rollout, sample_noise_levels, save_checkpoint,
                                scheduling_matrix)
 from sample import (VideoWriter, explain, fail, find_device, list_images, peak_memory, positive,
@@ -118,7 +118,7 @@ class Clips:
         if files:
             print(f"{len(files)} clips are decoded to {size}x{size} into {cache}, once "
                   f"({3 * size**2 / 1e3:.0f} MB for 1000 frames)")
-        for file in tqdm(files, unit=" clips", desc="clips"):
+        for file in tqdm(files, unit=" clips", desc="clips", disable=RANK > 0):
             try:
                 path, side = cached_clip(file, size, cache), side_file(file)
                 clip = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -223,7 +223,7 @@ def to_tensors(clips, actions, device):
 def measure(data, seed):
     """-> what Config wants to know of the data, from 256 clips, 16 at a time: the mean of each
     channel, the standard deviation around it, the root mean square of each action."""
-    rng, mean, square, action_square = np.random.default_rng((seed, 2**32)), 0, 0, 0
+    rng, mean, square, action_square = np.random.default_rng((seed, 0, 2**31)), 0, 0, 0
     for _ in range(16):
         x, actions = to_tensors(*data.batch(rng, 16), "cpu")
         mean, square = mean + x.mean((0, 1, 3, 4)) / 16, square + x.square().mean() / 16  # (C,), ()
@@ -256,8 +256,8 @@ def parse_args():
     add("--clip-frames", type=positive, help="frames of a training clip (default: 16)")
     add("--stride", type=positive, help="take every n-th frame of a clip (default: 1)")
     add("--batch", type=positive, help="clips of one pass (default: the preset's)")
-    add("--accumulate", type=positive, help="passes of a step, over all processes together "
-        "(default: one in each)")
+    add("--accumulate", type=positive, help="passes of a step, over all processes together: "
+        "a step has batch x accumulate clips (default: one pass in each process)")
     add("--steps", type=positive, help="length of the run in steps (default: the preset's)")
     add("--minutes", type=positive_float, help="length in minutes (default: the preset's); the "
         "learning rate follows the clock, so that only --steps makes a run that can be repeated")
@@ -277,9 +277,10 @@ def parse_args():
 
 
 def settle(args):
-    """-> the settings of the run, plain values that travel in the checkpoint."""
+    """-> the settings of the run, plain values that travel in the checkpoint; its path; what is in
+    it, with --resume."""
     given = {k: v for k, v in vars(args).items() if v is not None} | dict(out=str(args.out))
-    device, resume = find_device(args.device), args.out.with_suffix(".resume.pt")
+    device, resume, saved = find_device(args.device), args.out.with_suffix(".resume.pt"), None
     preset = args.preset or ("base" if args.data and device.startswith("cuda") else "small")
     stored = DEFAULTS | PRESETS[preset] | dict(preset=preset, no_compile=False)
     if args.out.suffix != ".pt" or not args.out.parent.is_dir():
@@ -288,10 +289,11 @@ def settle(args):
         fail(f"{args.out} exists: --resume goes on with it, --overwrite starts anew")
     if args.resume:
         try:
-            saved = load_checkpoint(resume)[1]
+            model, saved = load_checkpoint(resume)
+            saved["model"] = model
         except (OSError, ValueError) as error:
             fail(explain(error))
-        if "uncertainty" not in saved:
+        if "expected_loss" not in saved:
             fail(f"{resume} is not of this version of train.py: --overwrite starts anew")
         stored = saved["settings"]
         differ = [f"--{k.replace('_', '-')} {stored[k]}, not {v}" for k, v in given.items()
@@ -307,15 +309,15 @@ def settle(args):
         fail(f"--accumulate {s.accumulate}: a multiple of the {WORLD} processes is needed")
     if not 0 <= s.val <= 0.5:
         fail(f"--val {s.val}: a share between 0 and 0.5 is needed")
-    return s, resume
+    return s, resume, saved
 
 
-def build(s, data, resume):
+def build(s, data, saved):
     """-> the run: model, moving average, optimizer, step, elapsed seconds; new, or as saved."""
     run = argparse.Namespace(step=0, elapsed=0.0, losses=[])  # losses since the last row of the log
     torch.manual_seed(s.seed)
-    if s.resume:
-        run.model, saved = load_checkpoint(resume, s.device)
+    if saved:
+        run.model = saved["model"].to(s.device)
         run.step, run.elapsed, run.losses = saved["step"], saved["elapsed"], saved["losses"]
         if saved["mark"] != data.mark:
             print(f"note: the clips in {s.data} have changed since this run began")
@@ -329,14 +331,14 @@ def build(s, data, resume):
         except ValueError as error:
             fail(error)
         run.model = Denoiser(config).to(s.device)
-    run.ema = copy.deepcopy(run.model).eval()
+    run.ema = copy.deepcopy(run.model).to(s.device).eval()  # .to: a GRU's copy is in pieces before
     run.model.train()
-    run.uncertainty = Uncertainty(run.model.config).to(s.device)
-    run.weights = [*run.model.parameters(), *run.uncertainty.parameters()]
+    run.expected_loss = ExpectedLoss(run.model.config).to(s.device)
+    run.weights = [*run.model.parameters(), *run.expected_loss.parameters()]
     run.optimizer = torch.optim.AdamW(run.weights, s.lr, betas=(0.9, 0.99))
-    if s.resume:
+    if saved:
         run.ema.load_state_dict(saved["ema"])
-        run.uncertainty.load_state_dict(saved["uncertainty"])
+        run.expected_loss.load_state_dict(saved["expected_loss"])
         run.optimizer.load_state_dict(saved["optimizer"])
     on_cuda = s.device.startswith("cuda")
     run.bfloat16 = s.fast and on_cuda and torch.cuda.get_device_capability(s.device) >= (8, 0)
@@ -345,8 +347,8 @@ def build(s, data, resume):
     compiled = s.fast and on_cuda and not s.no_compile
     run.network = torch.compile(run.model) if compiled else run.model
     if WORLD > 1:
-        run.network = DistributedDataParallel(run.network)
-        run.uncertainty = DistributedDataParallel(run.uncertainty)
+        run.network, run.expected_loss = (DistributedDataParallel(m, broadcast_buffers=False)
+                                          for m in (run.network, run.expected_loss))
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{count / 1e6:.2f} M parameters, preset {s.preset}, {s.device}")
     return run
@@ -363,12 +365,12 @@ def train_step(run, s, batches, lr):
     for i, (noise_seed, clips, actions) in enumerate(batches, 1):
         x, actions = to_tensors(clips, actions, s.device)
         generator = torch.Generator(s.device).manual_seed(noise_seed)
-        for module in (run.network, run.uncertainty):  # processes exchange gradients once a step
+        for module in (run.network, run.expected_loss):  # processes exchange gradients once a step
             module.require_backward_grad_sync = i == len(batches)
         with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=run.bfloat16):
             loss = diffusion_forcing_loss(
                 run.network, x, run.model.config, forcing=s.forcing, actions=actions,
-                generator=generator, uncertainty=run.uncertainty) / len(batches)
+                generator=generator, expected_loss=run.expected_loss) / len(batches)
         loss.backward()
         total = total + loss.detach()
     for group in run.optimizer.param_groups:
@@ -406,9 +408,9 @@ def save(run, s, data, resume):
     check(run, s, data)
     if RANK:
         return
-    config, bare = run.model.config, getattr(run.uncertainty, "module", run.uncertainty)
+    config, bare = run.model.config, getattr(run.expected_loss, "module", run.expected_loss)
     save_checkpoint(resume, config, run.model.state_dict(), ema=run.ema.state_dict(), step=run.step,
-                    uncertainty=bare.state_dict(), optimizer=run.optimizer.state_dict(),
+                    expected_loss=bare.state_dict(), optimizer=run.optimizer.state_dict(),
                     elapsed=run.elapsed, settings=vars(s), losses=run.losses, mark=data.mark)
     save_checkpoint(s.out, config, run.ema.state_dict(), step=run.step, stride=s.stride)
 
@@ -448,7 +450,7 @@ def validate(run, s, data):
     """-> losses of the moving average on held-out clips in three bands of noise: ln sigma about
     P_mean - P_std, P_mean and P_mean + P_std. Always the same clips and noise."""
     config, losses = run.model.config, []
-    noise_seed, clips, actions = draw(data, s.seed, 2**32 + 1, 16, held=True)
+    noise_seed, clips, actions = draw(data, s.seed, 0, 16, part=2**31 + 1, held=True)
     x, actions = to_tensors(clips, actions, s.device)
     for shift in (-1, 0, 1):
         band = dataclasses.replace(config, P_mean=config.P_mean + shift * config.P_std,
@@ -487,9 +489,9 @@ def report(run, s, data, log, bar, seconds, lr):
 def train(s, run, data, resume):
     """The loop: until the end -> True, or until Ctrl-C (SIGINT, SIGTERM) -> False."""
     out, stop, stopped, pool = Path(s.out), [], 0, ThreadPoolExecutor(1)
-    signals = (signal.SIGINT, signal.SIGTERM)  # finish the step; a second one ends at once
-    handlers = [signal.signal(n, lambda n, _: stop.append(n) or signal.signal(n, signal.SIG_DFL))
-                for n in signals]
+    signals = (signal.SIGINT, signal.SIGTERM)  # finish the step; a second one ends at once, but
+    handlers = [signal.signal(n, lambda n, _: stop.append(n) or WORLD > 1  # for torchrun's own
+                              or signal.signal(n, signal.SIG_DFL)) for n in signals]
     log = open(os.devnull, "w") if RANK else open_log(out.with_suffix(".csv"), s, run.step)
     start, saved, since = time.monotonic() - run.elapsed, run.elapsed, time.monotonic()
     upcoming = pool.submit(draw_step, data, s, run.step)
@@ -511,6 +513,7 @@ def train(s, run, data, resume):
                     since = time.monotonic()
     pool.shutdown()
     save(run, s, data, resume)
+    agree(0)  # nobody leaves before all is saved
     for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
     return not stopped
@@ -518,27 +521,29 @@ def train(s, run, data, resume):
 
 def join():
     """Under torchrun, makes this process one of a group; the first speaks for all."""
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group(timeout=datetime.timedelta(days=1))  # decoding may take that long
+        backend = "cpu:gloo,cuda:nccl"
+    day = datetime.timedelta(days=1)  # decoding may take that long
+    dist.init_process_group(backend, timeout=day)
     if RANK:
         sys.stdout = open(os.devnull, "w")
 
 
 def main():
-    s, resume = settle(parse_args())
+    args = parse_args()
+    if WORLD > 1:
+        join()
+    s, resume, saved = settle(args)
     try:
-        if WORLD > 1:
-            join()
-        if s.data:
-            if RANK:
-                agree(0)  # the first process decodes, the others wait and find all done
-            data = Clips(s.data, s.clip_frames, s.size, s.stride, Path(s.cache), s.val)
-            if not RANK:
-                agree(0)
-        else:
-            data = Balls(s.clip_frames, s.size)
-        run = build(s, data, resume)
+        if RANK:
+            agree(0)  # the first process decodes, the others wait and find all done
+        data = (Clips(s.data, s.clip_frames, s.size, s.stride, Path(s.cache), s.val) if s.data else
+                Balls(s.clip_frames, s.size))
+        if not RANK:
+            agree(0)
+        run = build(s, data, saved)
         finished = train(s, run, data, resume)
         if finished:
             video = preview("rollout", run.ema, data, 256, s)
@@ -547,7 +552,7 @@ def main():
         fail(explain(error) + kept)
     if not finished:
         words = shlex.join(w for w in sys.argv if w not in ("--overwrite", "--resume"))
-        start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={WORLD}"
+        start = "python" if WORLD == 1 else "torchrun, as before, with"
         sys.exit(RANK and 1 or f"stopped and saved at step {run.step}; to go on: {start} {words} "
                  "--resume")
     frames = run.step * s.accumulate * s.batch * s.clip_frames
