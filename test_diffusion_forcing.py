@@ -343,6 +343,8 @@ def test_expected_loss_knows_the_frames_own_level_and_a_few_that_it_sees():
         knows = [g[0].ne(0).tolist() for g in torch.autograd.grad(model(own, past)[0, t], (own, past))]
         assert knows[0] == [i == t for i in range(6)], "its own level"
         assert knows[1] == [t - 2 <= i < t for i in range(6)], "the two frames before it, none that comes later"
+    noise = torch.cat([torch.full((1, 2), model.config.in_frame_units(model.config.sigma_max)), own], 1)
+    assert torch.allclose(model(own, own), model(noise, noise)[:, 2:], atol=1e-5), "before frame 0 there is only noise"
 
 
 @pytest.mark.loss
@@ -1205,8 +1207,8 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("parameters") == 1, "one process speaks for all"
 
-    torchrun("--steps", "20", "--out", "two.pt")
-    train_here(monkeypatch, tmp_path, *words, "--steps", "20", "--accumulate", "2", "--out", "one.pt")
+    torchrun("--steps", "20", "--accumulate", "4", "--out", "two.pt")
+    train_here(monkeypatch, tmp_path, *words, "--steps", "20", "--accumulate", "4", "--out", "one.pt")
     train_here(monkeypatch, tmp_path, *words, "--steps", "12", "--accumulate", "2", "--out", "mixed.pt")
     torchrun("--steps", "20", "--out", "mixed.pt", "--resume")  # only a check of --resume: its schedule differs
     saved = {name: torch.load(tmp_path / f"{name}.resume.pt", weights_only=True) for name in ("one", "two", "mixed")}
@@ -1309,6 +1311,8 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     shipped = df.load_checkpoint(tmp_path / "whole" / "model.pt")[0].state_dict()
     assert all(torch.equal(shipped[k], average[k]) for k in shipped), "model.pt holds the moving average"
     assert any(not torch.equal(shipped[k], raw[k]) for k in shipped), "and not the raw weights"
+    expected = torch.load(tmp_path / "whole" / "model.resume.pt", weights_only=True)["expected_loss"]
+    assert all(weight.any() for weight in expected.values()), "the expected loss, zero at first, is trained too"
 
 
 @pytest.mark.cli
