@@ -30,8 +30,8 @@ Glossary
   state           what the network keeps of finished frames: keys and values, or a hidden state
 
 Departures from the paper: EDM's noise levels, preconditioning, weighting and deterministic steps
-(Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; on top of that weighting, a learned
-one (ExpectedLoss); attention with a cache as a second choice beside a GRU, which here runs at every
+(Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; on top of that, learned weights
+(ExpectedLoss); attention with a cache as a second choice beside a GRU, which here runs at every
 location of the U-Net (the paper: a convolutional GRU); rows of the matrix in the order of sampling;
 the noise on finished frames is really added.
 
@@ -202,11 +202,12 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
     drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
     sigma = drawn if sigma is None else sigma
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
-    history, past_sigma = None, sigma
+    history, past_sigma = None, sigma  # past_sigma: how noisy a frame sees those before it
     if forcing == "teacher":
         level = config.context_noise if history_noise is None else history_noise
         past_sigma = torch.full_like(sigma, config.in_frame_units(level))
         history = (x + per_frame(past_sigma) * randn(x.shape, x, generator), past_sigma)
+    # commit=0: nothing follows a training clip, so that no state is kept
     denoised, _ = model(noisy, sigma, actions=actions, commit=0, history=history)
     loss = per_frame(loss_weight(sigma, config.sigma_data)) * (denoised - x) ** 2
     loss = loss.mean((2, 3, 4))  # (B,T)
@@ -236,12 +237,12 @@ class ExpectedLoss(nn.Module):
                                     zero(nn.Linear(width, 1)))  # begins as no change: u = 0
 
     def forward(self, sigma, past_sigma):
-        own, past = (edm_scalings(s, self.config.sigma_data)[-1] for s in (sigma, past_sigma))
-        nothing = math.log(self.config.sigma_max / 0.5) / 4  # before the first frame: pure noise
-        past = F.pad(past, (self.past, 0), value=nothing)[:, :-1]
-        levels = torch.cat([past.unfold(1, self.past, 1), own[..., None]], -1)  # (B,T,past+1)
+        nothing = self.config.in_frame_units(self.config.sigma_max)  # before frame 0: pure noise
+        past = F.pad(past_sigma, (self.past, 0), value=nothing)[:, :-1].unfold(1, self.past, 1)
+        levels = torch.cat([past, sigma[..., None]], -1)  # (B,T,past+1), the frame's own at the end
+        *_, c_noise = edm_scalings(levels, self.config.sigma_data)
         with torch.autocast(sigma.device.type, enabled=False):
-            return self.layers(2 * levels)[..., 0]  # times 2: about unit variance
+            return self.layers(2 * c_noise)[..., 0]  # times 2: about unit variance
 
 
 # -------------------------------------------------------------------------------------------------
@@ -599,8 +600,9 @@ def rotary(x, position):
     half = x.shape[-1] // 2
     frequency = math.pi / 2 * 1000.0 ** -(torch.arange(half, device=x.device) / half)
     angle = position[:, None] * frequency  # (T,d/2)
-    cos, sin = angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], -1)  # (T,d) each
-    return x * cos.to(x.dtype) + x.roll(half, -1) * sin.to(x.dtype)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    # (a, b) -> (a cos - b sin, b cos + a sin), a and b being the halves of the channels
+    return x * cos.repeat(1, 2) + x.roll(half, -1) * torch.cat([-sin, sin], -1)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -310,7 +310,8 @@ def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
     each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))  # the spy says 0
     assert all(torch.equal(s, sigma) for s in told[0]), "what is to be expected depends on the noise that the frames have"
     loss(forcing="teacher", history_noise=0.4, expected_loss=lambda *levels: told.append(levels) or u)
-    assert torch.equal(told[1][0], sigma) and (told[1][1] == 0.4 * units(spy.config)).all(), "teacher: the past is as clean as it is seen"
+    assert torch.equal(told[1][0], sigma), "teacher: its own level, as ever,"
+    assert (told[1][1] == 0.4 * units(spy.config)).all(), "and a past as clean as it is seen"
     assert loss() == pytest.approx(float(each.mean())), "without an ExpectedLoss nothing changes"
     assert weighed == pytest.approx(float((each / u.exp() + u).mean())), "loss / exp(u) + u, frame by frame"
 
@@ -1186,10 +1187,12 @@ def test_two_passes_of_a_step_are_one_of_twice_the_clips(monkeypatch):
                         (model(x, torch.ones(x.shape[:2]))[0] - x).square().mean())
     for batches in ([clips], [clips[:2], clips[2:]]):
         model = random_denoiser(height=16, width=16)
-        run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=0, bfloat16=False, weights=[*model.parameters()],
-                        expected_loss=df.ExpectedLoss(model.config), optimizer=torch.optim.SGD(model.parameters(), 0.0))
+        run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=0, bfloat16=False,
+                        weights=[*model.parameters()], expected_loss=df.ExpectedLoss(model.config),
+                        optimizer=torch.optim.SGD(model.parameters(), 0.0))
         monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
-        loss = train.train_step(run, Namespace(device="cpu", forcing="diffusion", ema=0.9), [(0, b, None) for b in batches], 0.0)
+        settings = Namespace(device="cpu", forcing="diffusion", ema=0.9)
+        loss = train.train_step(run, settings, [(0, b, None) for b in batches], 0.0)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()] + [loss[None]]))
     assert torch.allclose(*gradients, atol=1e-5), "losses, and gradients, are averaged over the passes"
 
@@ -1214,7 +1217,8 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, monkeypatch):
     saved = {name: torch.load(tmp_path / f"{name}.resume.pt", weights_only=True) for name in ("one", "two", "mixed")}
     for key in ("weights", "ema", "expected_loss"):
         for name, weight in saved["one"][key].items():
-            assert torch.allclose(weight, saved["two"][key][name], atol=1e-5), f"{key} {name} depends on how many processes"
+            same = torch.allclose(weight, saved["two"][key][name], atol=1e-5)
+            assert same, f"{key} {name} depends on how many processes"
     assert saved["mixed"]["step"] == 20, "a run may go on with another number of processes"
     logs = [[row[:2] for row in log_without_times(tmp_path / f"{name}.csv")] for name in ("one", "two")]
     assert logs[0] == logs[1], "the log has the mean loss over the processes, once"

@@ -222,7 +222,8 @@ def to_tensors(clips, actions, device):
 
 def measure(data, seed):
     """-> what Config wants to know of the data, from 256 clips, 16 at a time: the mean of each
-    channel, the standard deviation around it, the root mean square of each action."""
+    channel, the standard deviation around it, the root mean square of each action. They are drawn
+    as a part that no step reaches."""
     rng, mean, square, action_square = np.random.default_rng((seed, 0, 2**31)), 0, 0, 0
     for _ in range(16):
         x, actions = to_tensors(*data.batch(rng, 16), "cpu")
@@ -448,7 +449,8 @@ def progress(run, s):
 @torch.no_grad()
 def validate(run, s, data):
     """-> losses of the moving average on held-out clips in three bands of noise: ln sigma about
-    P_mean - P_std, P_mean and P_mean + P_std. Always the same clips and noise."""
+    P_mean - P_std, P_mean and P_mean + P_std. Always the same clips and noise, of a part that no
+    step reaches."""
     config, losses = run.model.config, []
     noise_seed, clips, actions = draw(data, s.seed, 0, 16, part=2**31 + 1, held=True)
     x, actions = to_tensors(clips, actions, s.device)
