@@ -43,7 +43,7 @@ from sample import (VideoWriter, explain, fail, find_device, list_images, peak_m
 
 RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 DEFAULTS = dict(data=None, clip_frames=16, stride=1, temporal="attention", forcing="diffusion",
-                seed=0, val=0.1, accumulate=WORLD,
+                context_noise=0.05, seed=0, val=0.1, accumulate=WORLD,
                 cache=str(Path.home() / ".cache" / "diffusion_forcing"))
 PRESETS = {  # small: for anything, and for the balls. base: some tens of millions, for a GPU.
     "small": dict(size=32, batch=2, lr=3e-3, warmup=100, ema=0.995, steps=None, minutes=8.0,
@@ -266,6 +266,8 @@ def parse_args():
     add("--window", type=positive, help="frames that attention sees (default: --clip-frames)")
     add("--temporal", choices=("attention", "gru"), help="temporal mixer (default: attention)")
     add("--forcing", choices=FORCINGS, help="training paradigm (default: diffusion)")
+    add("--context-noise", type=positive_float, help="sigma with which frames enter the memory: "
+        "in rollouts, and as the past in teacher forcing (default: 0.05)")
     add("--seed", type=int, help="of weights, batches and noise (default: 0)")
     add("--val", type=float, help="share of clips held out for validation (default: 0.1)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
@@ -328,7 +330,8 @@ def build(s, data, saved):
         try:
             config = Config(height=s.size, width=s.size, action_dim=data.action_dim, dim=s.dim,
                             clip_frames=s.clip_frames, temporal=s.temporal, window=s.window,
-                            dim_mults=s.dim_mults, **measure(data, s.seed))
+                            dim_mults=s.dim_mults, context_noise=s.context_noise,
+                            **measure(data, s.seed))
         except ValueError as error:
             fail(error)
         run.model = Denoiser(config).to(s.device)
