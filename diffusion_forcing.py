@@ -550,7 +550,8 @@ class TemporalAttention(nn.Module):
         if two_streams:
             position = position % (T // 2)
         mask = self.mask(position[-T:], position, two_streams)
-        q, k = rotary(q, position[-T:]), rotary(k, position)
+        cos, sin = rotation(position, self.head_dim)
+        q, k = rotary(q, cos[-T:], sin[-T:]), rotary(k, cos, sin)
         # CUDA's attention kernels put the batch on a grid axis that ends at 65,535.
         parts = zip(q.split(65535), k.split(65535), v.split(65535))
         y = [F.scaled_dot_product_attention(*part, attn_mask=mask) for part in parts]
@@ -594,15 +595,21 @@ class TemporalGRU(nn.Module):
         return self.out(hidden), new_state
 
 
-def rotary(x, position):
-    """Rotary position embedding (arXiv 2104.09864): x (N, heads, T, d), position (T,) -> x. The
-    first pair of channels turns by a quarter a frame, the last some hundred times slower."""
-    half = x.shape[-1] // 2
-    frequency = math.pi / 2 * 1000.0 ** -(torch.arange(half, device=x.device) / half)
-    angle = position[:, None] * frequency  # (T,d/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    # (a, b) -> (a cos - b sin, b cos + a sin), a and b being the halves of the channels
-    return x * cos.repeat(1, 2) + x.roll(half, -1) * torch.cat([-sin, sin], -1)
+def rotation(position, dim):
+    """cos and sin (T, d) of the angles by which frames at `position` (T,) turn (RoPE, arXiv
+    2104.09864): the first pair of channels by a quarter a frame, the last some hundred times
+    slower. A pair is a channel of the first half and its like of the second."""
+    half = torch.arange(dim // 2, device=position.device) / (dim // 2)
+    angle = position[:, None] * (math.pi / 2 * 1000.0**-half)  # (T,d/2)
+    angle = torch.cat([-angle, angle], -1)  # turns (a, b) to (a cos - b sin, b cos + a sin)
+    return angle.cos(), angle.sin()
+
+
+def rotary(x, cos, sin):
+    """Turns the pairs of channels of x (N, heads, T, d). In few passes: in a rollout, all keys in
+    memory are turned in every step."""
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 # -------------------------------------------------------------------------------------------------

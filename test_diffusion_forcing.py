@@ -946,10 +946,14 @@ def test_each_stream_sees_the_clean_frames_it_may():
         assert seen.tolist() == clean + noisy, f"position {i}: clean sees clean <= i, noisy i sees clean < i and itself"
 
 
+def turned(x, position):
+    return df.rotary(x, *df.rotation(position, x.shape[-1]))
+
+
 @pytest.mark.attention
 def test_rotary_depends_on_distance_alone():
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
-    score = lambda i, j: (df.rotary(q, torch.tensor([i])) * df.rotary(k, torch.tensor([j]))).sum()
+    score = lambda i, j: (turned(q, torch.tensor([i])) * turned(k, torch.tensor([j]))).sum()
     assert torch.allclose(score(3, 1), score(9, 7), atol=1e-5), "rotary scores depend on i - j alone"
     assert not torch.allclose(score(3, 1), score(3, 2)), "and they do depend on it"
 
@@ -957,7 +961,7 @@ def test_rotary_depends_on_distance_alone():
 @pytest.mark.attention
 def test_rotary_angles_do_not_lose_bits_in_bfloat16():
     x, far = torch.ones(1, 1, 1, 8), torch.tensor([31])
-    exact, half = df.rotary(x, far), df.rotary(x.bfloat16(), far).float()
+    exact, half = turned(x, far), turned(x.bfloat16(), far).float()
     assert torch.allclose(exact, half, atol=0.02), "angles are computed in float32: in bfloat16 48.7 is 48.75"
 
 
@@ -965,7 +969,7 @@ def test_rotary_angles_do_not_lose_bits_in_bfloat16():
 def test_rotary_turns_the_first_pair_fast_and_the_last_slowly():
     x = torch.zeros(1, 1, 1, 8)
     x[..., :4] = 1
-    y = df.rotary(x, torch.tensor([1]))[0, 0, 0]
+    y = turned(x, torch.tensor([1]))[0, 0, 0]
     expected = [math.pi / 2 * 1000 ** (-i / 4) for i in range(4)]
     assert torch.atan2(y[4:], y[:4]).tolist() == pytest.approx(expected, rel=1e-3), "pair i: pi/2 1000^(-i/half) a frame"
 
@@ -974,7 +978,7 @@ def test_rotary_turns_the_first_pair_fast_and_the_last_slowly():
 def test_attention_by_its_formula():
     m, x, t = mixer("attention"), torch.randn(1, 4, 16), torch.arange(4)
     q, k, v = m.qkv(x).view(1, 4, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (1,heads,T,d) each
-    score = df.rotary(q, t) @ df.rotary(k, t).transpose(2, 3) / 8**0.5
+    score = turned(q, t) @ turned(k, t).transpose(2, 3) / 8**0.5
     y = score.masked_fill(t[:, None] < t, -math.inf).softmax(-1) @ v
     assert torch.allclose(m(x)[0], m.out(y.transpose(1, 2).reshape(1, 4, 16)), atol=1e-5), "softmax(q k / sqrt(d)) v"
 
