@@ -1133,6 +1133,25 @@ def test_balls_keep_their_energy_and_stay_inside():
 
 
 @pytest.mark.cli
+def test_physics_tells_what_is_wrong_with_balls():
+    sys.path.insert(0, str(HERE / "assets"))
+    from compare import physics
+
+    clip = balls(1, 140, 32)[0]
+    good, shape, vel, speed, prefix = physics(clip)
+    assert good == 1 and shape < 0.01 and vel < 0.02 and speed < 0.02 and prefix == 140, "real balls do nothing wrong"
+    lost, blurred, jumpy = clip.copy(), clip.copy(), clip.copy()
+    lost[30] = (12, 14, 20)
+    assert physics(lost)[0] == pytest.approx(139 / 140) and physics(lost)[4] == 30, "one frame without balls: frame 30"
+    blurred = (clip.astype(int) + np.roll(clip, 1, 2) + np.roll(clip, -1, 2)) // 3
+    assert physics(blurred)[1] > 0.1, "a blurred disc is no disc"
+    jumpy[1::2] = np.roll(clip, 1, 2)[1::2]
+    assert physics(jumpy)[2] > 1, "a pixel to the right and back in every other frame is a change of velocity"
+    faster = np.concatenate([clip[:20], clip[20::2]])
+    assert physics(faster)[3] > 0.5 and 20 <= physics(faster)[4] < 30, "twice the speed from frame 20 on"
+
+
+@pytest.mark.cli
 def test_batches_and_noise_depend_on_seed_step_and_part_alone():
     data = train.Balls(4, 16)
     a, b = train.draw(data, 1, 5, 2), train.draw(data, 1, 5, 2)
@@ -1513,6 +1532,14 @@ def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch):
     assert told.get("solver") == "heun", "--solver"
     assert told["generator"].initial_seed() == 7, "--seed"
     assert told["actions"].all() and told["actions"].shape == (1, 256, 1), "--actions, repeated to --frames"
+
+
+@pytest.mark.cli
+def test_options_of_train_reach_the_model(tmp_path, monkeypatch):
+    train_here(monkeypatch, tmp_path, *"--steps 1 --window 3 --context-noise 0.2 --temporal gru".split())
+    c = df.load_checkpoint(tmp_path / "model.pt")[0].config
+    told = dict(height=c.height, clip_frames=c.clip_frames, window=c.window, context_noise=c.context_noise, temporal=c.temporal)
+    assert told == dict(height=16, clip_frames=4, window=3, context_noise=0.2, temporal="gru")
 
 
 @pytest.mark.cli

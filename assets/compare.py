@@ -63,9 +63,9 @@ def physics(clip):
     shape = (abs(cover - disc) * near).sum((2, 3)).mean(1) / area
     p = np.stack([px, py], -1)  # (T,ball,xy)
     v, reach = np.diff(p, axis=0), 2.3  # nobody is faster, pixels a frame
-    wall = np.minimum(p - RADIUS, clip.shape[1] - RADIUS - p).min((1, 2)) < reach / 2
-    touch = np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * RADIUS + reach
-    free = ~(wall | touch)[1:] & ~(wall | touch)[:-1]  # (T-1,)
+    gap = abs(np.minimum(p - RADIUS, clip.shape[1] - RADIUS - p))  # (T,ball,xy), to a wall
+    touch = np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * RADIUS + reach  # (T,)
+    free = (gap[1:] + gap[:-1] > reach).all((1, 2)) & ~touch[1:] & ~touch[:-1]  # (T-1,)
     pair = free[1:] & free[:-1]
     jump = np.where(pair[:, None, None], abs(np.diff(v, axis=0)), np.nan)  # (T-2,ball,xy)
     rms = np.where(free, np.sqrt((v**2).sum((1, 2)) / 2), np.nan)
