@@ -1543,6 +1543,15 @@ def test_options_of_train_reach_the_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.cli
+@pytest.mark.parametrize("words,causal", [("--forcing full_sequence", False), ("--forcing full_sequence --temporal gru", True),
+                                          ("--forcing teacher", True)])
+def test_full_sequence_diffusion_looks_both_ways(tmp_path, monkeypatch, words, causal):
+    train_here(monkeypatch, tmp_path, "--steps", "1", *words.split())
+    config = df.load_checkpoint(tmp_path / "model.pt")[0].config
+    assert config.causal == causal, "frames of one level profit from later ones; a GRU cannot, and rollouts may not"
+
+
+@pytest.mark.cli
 def test_context_noise_reaches_the_memory(tmp_path):
     df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
     np.save(tmp_path / "clip.npy", balls(1, 4)[0])

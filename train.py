@@ -51,6 +51,11 @@ PRESETS = {  # small: for anything, and for the balls. base: some tens of millio
     "base": dict(size=64, batch=32, lr=3e-4, warmup=1000, ema=0.9995, steps=200_000, minutes=None,
                  dim=128, dim_mults=(1, 2, 3, 4), fast=True, save_minutes=10),
 }
+SUITS = {  # what suits each paradigm, found by rollouts (README): training noise and causality
+    "diffusion": {},  # Config's own
+    "teacher": dict(P_std=1.6),  # no frame's past is a mixture of levels
+    "full_sequence": dict(P_mean=0.4, P_std=1.6, causal=False),  # frames tell of each other
+}
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
 FREE = ("steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # on --resume
 CONTEXT = 4  # real frames that a preview goes on from
@@ -327,10 +332,11 @@ def build(s, data, saved):
         if data.action_dim != run.model.config.action_dim:
             fail(f"{s.data} has {data.action_dim} actions a frame, unlike when the run began")
     else:
+        suits = SUITS[s.forcing] | (dict(causal=True) if s.temporal == "gru" else {})
         try:
             config = Config(height=s.size, width=s.size, action_dim=data.action_dim, dim=s.dim,
                             clip_frames=s.clip_frames, temporal=s.temporal, window=s.window,
-                            dim_mults=s.dim_mults, context_noise=s.context_noise,
+                            dim_mults=s.dim_mults, context_noise=s.context_noise, **suits,
                             **measure(data, s.seed))
         except ValueError as error:
             fail(error)

@@ -20,17 +20,21 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from train import bouncing_balls  # noqa: E402: the line above says where it is
 
-DIFFUSION, TEACHER, FULL = (f"--forcing {f}" for f in ("diffusion", "teacher", "full_sequence"))
-RUNS = {  # name: options of train.py, seeds, {schedule: options of sample.py}
-    "diffusion": (DIFFUSION, (0, 1, 2), {"autoregressive": "", "pyramid": "--uncertainty 3"}),
-    "teacher, clean past": (f"{TEACHER} --context-noise 0.002", (0, 1, 2), {"autoregressive": ""}),
-    "teacher, noisy past": (f"{TEACHER} --context-noise 0.1", (0, 1, 2), {"autoregressive": ""}),
-    "full_sequence": (FULL, (0, 1, 2), {"full_sequence": ""}),
-    "diffusion, GRU": (f"{DIFFUSION} --temporal gru", (0,), {"autoregressive": ""}),
-    "teacher, clean past, GRU": (f"{TEACHER} --context-noise 0.002 --temporal gru", (0,),
-                                 {"autoregressive": ""}),
-    "teacher, noisy past, GRU": (f"{TEACHER} --context-noise 0.1 --temporal gru", (0,),
-                                 {"autoregressive": ""}),
+CLEAN, NOISY = (f"--forcing teacher --context-noise {noise}" for noise in (0.002, 0.1))
+RUNS = {  # name: options of train.py, seeds, rollouts
+    "diffusion": ("", (0, 1, 2), ("autoregressive", "pyramid", "from nothing")),
+    "teacher, clean past": (CLEAN, (0, 1, 2), ("autoregressive", "pyramid")),
+    "teacher, noisy past": (NOISY, (0, 1, 2), ("autoregressive",)),
+    "full_sequence": ("--forcing full_sequence", (0, 1, 2), ("full sequence, from nothing",)),
+    "diffusion, GRU": ("--temporal gru", (0,), ("autoregressive",)),
+    "teacher, clean past, GRU": (f"{CLEAN} --temporal gru", (0,), ("autoregressive",)),
+    "teacher, noisy past, GRU": (f"{NOISY} --temporal gru", (0,), ("autoregressive",)),
+}
+ROLLOUTS = {  # name: options of sample.py. From nothing: as long as a training clip
+    "autoregressive": "--schedule autoregressive",
+    "pyramid": "--schedule pyramid --uncertainty 3",
+    "from nothing": "--schedule autoregressive",
+    "full sequence, from nothing": "--schedule full_sequence --steps 20",
 }
 CLIPS, CONTEXT, LENGTHS = 8, 4, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
@@ -79,31 +83,31 @@ def physics(clip):
 
 
 def call(script, words, log):
-    """A script of the product, on one core."""
-    with open(log, "w") as f:
-        subprocess.run([sys.executable, HERE / script, *map(str, words)], stdout=f, stderr=f,
-                       check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """A script of the product, on one core, unless its log says that it is done."""
+    aside = log.with_suffix(".tmp")
+    if not log.exists():
+        with open(aside, "w") as f:
+            subprocess.run([sys.executable, HERE / script, *map(str, words)], stdout=f, stderr=f,
+                           check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        aside.rename(log)
 
 
 def run(name, seed, args):
-    """Trains and rolls out -> {schedule: clips (8, 256, H, W, 3)}; 16 frames of full_sequence."""
-    options, _, schedules = RUNS[name]
-    folder, clips = args.out / f"{name}, seed {seed}".replace(", ", "-").replace(" ", "_"), {}
+    """Trains and rolls out -> {rollout: clips (8, T, H, W, 3)}."""
+    options, _, rollouts = RUNS[name]
+    folder, clips = args.out / f"{name} {seed}".replace(",", "").replace(" ", "_"), {}
     folder.mkdir(exist_ok=True)
-    if not (folder / "model.csv").exists() or not list(folder.glob("*.rollout.mp4")):
-        call("train.py", [*options.split(), "--minutes", args.minutes, "--seed", seed, "--device",
-                          "cpu", "--out", folder / "model.pt", "--overwrite"], folder / "train.txt")
-    for schedule, more in schedules.items():
-        frames = LENGTHS[0] if schedule == "full_sequence" else LENGTHS[-1]
-        start = (["--batch", CLIPS] if schedule == "full_sequence" else
-                 ["--context", *sorted(args.out.glob("context_*.npy"))])
-        if not (folder / f"{schedule}_{CLIPS - 1}.npy").exists():
-            call("sample.py", ["--ckpt", folder / "model.pt", "--frames", frames, *start,
-                               "--schedule", schedule, *more.split(), "--steps", args.steps,
-                               "--device", "cpu", "--out", folder / f"{schedule}.npy"],
-                 folder / f"{schedule}.txt")
-        files = [folder / f"{schedule}_{i}.npy" for i in range(CLIPS)]
-        clips[schedule] = np.stack([np.load(f, allow_pickle=False) for f in files])
+    call("train.py", [*options.split(), "--minutes", args.minutes, "--seed", seed, "--device",
+                      "cpu", "--out", folder / "model.pt", "--overwrite"], folder / "train.txt")
+    for rollout in rollouts:
+        stem, nothing = rollout.split(",")[0].replace(" ", "_"), "nothing" in rollout
+        start = ["--batch", CLIPS] if nothing else [
+            "--context", *(args.out / f"context_{i}.npy" for i in range(CLIPS))]
+        call("sample.py", [*ROLLOUTS[rollout].split(), "--ckpt", folder / "model.pt", *start,
+                           "--frames", LENGTHS[0] if nothing else LENGTHS[-1], "--device", "cpu",
+                           "--out", folder / f"{stem}.npy"], folder / f"{stem}.txt")
+        clips[rollout] = np.stack([np.load(folder / f"{stem}_{i}.npy", allow_pickle=False)
+                                   for i in range(CLIPS)])
     return clips
 
 
@@ -111,7 +115,6 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=4, help="of every training (%(default)s)")
-    p.add_argument("--steps", type=int, default=10, help="sampling steps a frame (%(default)s)")
     p.add_argument("--jobs", type=int, default=1, help="trainings at once, a core each (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
     args = p.parse_args()
@@ -124,16 +127,16 @@ def main():
         done = dict(zip(jobs, pool.map(lambda job: run(*job, args), jobs)))
     rows = {("the balls themselves", ""): [real]}
     for (name, seed), clips in done.items():
-        for schedule, x in clips.items():
-            rows.setdefault((name, schedule), []).append(x)
-    print("| training | schedule | length |", *COLUMNS, sep=" | ")
+        for rollout, x in clips.items():
+            rows.setdefault((name, rollout), []).append(x)
+    print("| training | rollout | length", *COLUMNS, "", sep=" | ")
     print("|-|-|-|" + "-|" * len(COLUMNS))
-    for (name, schedule), seeds in rows.items():
+    for (name, rollout), seeds in rows.items():
         for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:
             each = np.array([np.nanmean([physics(c[:length]) for c in x], 0) for x in seeds])
-            figures = [f"{m:.3f} ± {d:.3f}" if len(seeds) > 1 else f"{m:.3f}"
-                       for m, d in zip(each.mean(0), each.std(0))]
-            print(f"| {name} | {schedule} | {length // LENGTHS[0]}x |", *figures, sep=" | ")
+            figures = [f"{m:.{n}f}" + f" ± {d:.{n}f}" * (len(seeds) > 1)
+                       for m, d, n in zip(each.mean(0), each.std(0), (3, 3, 3, 3, 0))]
+            print(f"| {name} | {rollout} | {length // LENGTHS[0]}x", *figures, "", sep=" | ")
     at = np.linspace(0, LENGTHS[-1] - 1, 16).round().astype(int)
     strips = [x[0][0][at] for x in rows.values() if x[0].shape[1] == LENGTHS[-1]]
     strip = np.concatenate([np.concatenate(s, 1) for s in strips])
