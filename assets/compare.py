@@ -1,9 +1,11 @@
-"""Measures the paper's claim on the bouncing balls: trains every paradigm, each for the same time,
-rolls it out to 1, 4 and 16 times the training length and prints the table of README.
+"""Measures what README claims, on the bouncing balls.
 
-    python assets/compare.py --minutes 4 --jobs 2 --out runs/      two hours of a core, or one of two
+    python assets/compare.py --minutes 4 --jobs 2        trains every paradigm for the same time, a
+        core each, rolls it out to 1, 4 and 16 times the training length and prints a table
+    python assets/compare.py --ckpt assets/balls.pt      rolls one model out in many ways
 
-What is in --out already is not made again. Beside it, --out/strip.png: rollouts, a row a paradigm.
+Everything is kept in --out, and not made again, and so is strip.png: frames 0, 17 ... 255 of a
+rollout to 16 times the training length, a row for every one in the table.
 """
 
 import argparse
@@ -20,22 +22,23 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from train import bouncing_balls  # noqa: E402: the line above says where it is
 
+PYRAMID, NOTHING = "--schedule pyramid --uncertainty 3", "--batch 8 --frames 16"
 CLEAN, NOISY = (f"--forcing teacher --context-noise {noise}" for noise in (0.002, 0.1))
-RUNS = {  # name: options of train.py, seeds, rollouts
-    "diffusion": ("", (0, 1, 2), ("autoregressive", "pyramid", "from nothing")),
-    "teacher, clean past": (CLEAN, (0, 1, 2), ("autoregressive", "pyramid")),
-    "teacher, noisy past": (NOISY, (0, 1, 2), ("autoregressive",)),
-    "full_sequence": ("--forcing full_sequence", (0, 1, 2), ("full sequence, from nothing",)),
-    "diffusion, GRU": ("--temporal gru", (0,), ("autoregressive",)),
-    "teacher, clean past, GRU": (f"{CLEAN} --temporal gru", (0,), ("autoregressive",)),
-    "teacher, noisy past, GRU": (f"{NOISY} --temporal gru", (0,), ("autoregressive",)),
+RUNS = {  # options of train.py: seeds, rollouts as options of sample.py
+    "": ((0, 1, 2), ("", PYRAMID, NOTHING)),
+    CLEAN: ((0, 1, 2), ("", PYRAMID)),
+    NOISY: ((0, 1, 2), ("",)),
+    "--forcing full_sequence": ((0, 1, 2), (f"--schedule full_sequence --steps 20 {NOTHING}",)),
+    "--temporal gru": ((0,), ("",)),
+    f"{CLEAN} --temporal gru": ((0,), ("",)),
+    f"{NOISY} --temporal gru": ((0,), ("",)),
 }
-ROLLOUTS = {  # name: options of sample.py. From nothing: as long as a training clip
-    "autoregressive": "--schedule autoregressive",
-    "pyramid": "--schedule pyramid --uncertainty 3",
-    "from nothing": "--schedule autoregressive",
-    "full sequence, from nothing": "--schedule full_sequence --steps 20",
-}
+WAYS = (  # to roll out --ckpt: steps; pyramids of as many network calls as 3 and 6 steps; memory
+    "--steps 3", "--steps 4", "--steps 6", "--steps 10", "--steps 20", "--steps 4 --solver heun",
+    *(f"--schedule pyramid --uncertainty {u} --steps {S}" for u, S in ((1, 33), (2, 18), (3, 51),
+                                                                       (5, 21))),
+    "--steps 6 --context-noise 0.002", "--steps 6 --context-noise 0.02",
+    "--steps 6 --context-noise 0.2", "--steps 6 --context-noise 0.5", f"--steps 6 {NOTHING}")
 CLIPS, CONTEXT, LENGTHS = 8, 4, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 RADIUS, BACKGROUND = 3.5, (12, 14, 20)  # as train.py draws them
@@ -92,51 +95,56 @@ def call(script, words, log):
         aside.rename(log)
 
 
-def run(name, seed, args):
-    """Trains and rolls out -> {rollout: clips (8, T, H, W, 3)}."""
-    options, _, rollouts = RUNS[name]
-    folder, clips = args.out / f"{name} {seed}".replace(",", "").replace(" ", "_"), {}
+def train(options, seed, args):
+    """-> the checkpoint of a run."""
+    folder = args.out / f"{options or 'default'} seed {seed}".replace(" ", "_")
     folder.mkdir(exist_ok=True)
     call("train.py", [*options.split(), "--minutes", args.minutes, "--seed", seed, "--device",
                       "cpu", "--out", folder / "model.pt", "--overwrite"], folder / "train.txt")
-    for rollout in rollouts:
-        stem, nothing = rollout.split(",")[0].replace(" ", "_"), "nothing" in rollout
-        start = ["--batch", CLIPS] if nothing else [
-            "--context", *(args.out / f"context_{i}.npy" for i in range(CLIPS))]
-        call("sample.py", [*ROLLOUTS[rollout].split(), "--ckpt", folder / "model.pt", *start,
-                           "--frames", LENGTHS[0] if nothing else LENGTHS[-1], "--device", "cpu",
-                           "--out", folder / f"{stem}.npy"], folder / f"{stem}.txt")
-        clips[rollout] = np.stack([np.load(folder / f"{stem}_{i}.npy", allow_pickle=False)
-                                   for i in range(CLIPS)])
-    return clips
+    return folder / "model.pt"
+
+
+def roll_out(ckpt, options, args):
+    """-> clips (8, T, H, W, 3), each from 4 real frames or, with --batch, from nothing."""
+    stem = args.out / ckpt.parent.name / f"rollout {options}".strip().replace(" ", "_")
+    stem.parent.mkdir(exist_ok=True)
+    clips = [] if "--batch" in options else [args.out / f"context_{i}.npy" for i in range(CLIPS)]
+    call("sample.py", ["--ckpt", ckpt, "--frames", LENGTHS[-1], *options.split(), "--device", "cpu",
+                       *(["--context", *clips] if clips else []), "--out", f"{stem}.npy"],
+         stem.with_name(stem.name + ".txt"))
+    return np.stack([np.load(f"{stem}_{i}.npy", allow_pickle=False) for i in range(CLIPS)])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=4, help="of every training (%(default)s)")
-    p.add_argument("--jobs", type=int, default=1, help="trainings at once, a core each (1)")
+    p.add_argument("--jobs", type=int, default=1, help="how many at once, a core each (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
+    p.add_argument("--ckpt", type=Path, help="measure this model, and train none")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     real = bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(99))
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
-    jobs = [(name, seed) for name, (_, seeds, _) in RUNS.items() for seed in seeds]
+    wanted = {str(args.ckpt): ((0,), WAYS)} if args.ckpt else RUNS
+    jobs = [(name, way, seed) for name, (seeds, ways) in wanted.items() for seed in seeds
+            for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = dict(zip(jobs, pool.map(lambda job: run(*job, args), jobs)))
-    rows = {("the balls themselves", ""): [real]}
-    for (name, seed), clips in done.items():
-        for rollout, x in clips.items():
-            rows.setdefault((name, rollout), []).append(x)
-    print("| training | rollout | length", *COLUMNS, "", sep=" | ")
+        runs = sorted({(name, seed) for name, _, seed in jobs})
+        ckpts = dict(zip(runs, pool.map(lambda run: args.ckpt or train(*run, args), runs)))
+        clips = pool.map(lambda job: roll_out(ckpts[job[0], job[2]], job[1], args), jobs)
+        rows = {("the balls themselves", ""): [real]}
+        for (name, way, _), x in zip(jobs, clips):
+            rows.setdefault((name, way), []).append(x)
+    print("| train.py | sample.py | length", *COLUMNS, "", sep=" | ")
     print("|-|-|-|" + "-|" * len(COLUMNS))
-    for (name, rollout), seeds in rows.items():
+    for (name, way), seeds in rows.items():
         for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:
             each = np.array([np.nanmean([physics(c[:length]) for c in x], 0) for x in seeds])
             figures = [f"{m:.{n}f}" + f" ± {d:.{n}f}" * (len(seeds) > 1)
                        for m, d, n in zip(each.mean(0), each.std(0), (3, 3, 3, 3, 0))]
-            print(f"| {name} | {rollout} | {length // LENGTHS[0]}x", *figures, "", sep=" | ")
+            print(f"| {name} | {way} | {length // LENGTHS[0]}x", *figures, "", sep=" | ")
     at = np.linspace(0, LENGTHS[-1] - 1, 16).round().astype(int)
     strips = [x[0][0][at] for x in rows.values() if x[0].shape[1] == LENGTHS[-1]]
     strip = np.concatenate([np.concatenate(s, 1) for s in strips])
