@@ -90,8 +90,10 @@ def call(script, words, log):
     aside = log.with_suffix(".tmp")
     if not log.exists():
         with open(aside, "w") as f:
-            subprocess.run([sys.executable, HERE / script, *map(str, words)], stdout=f, stderr=f,
-                           check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            done = subprocess.run([sys.executable, HERE / script, *map(str, words)], stdout=f,
+                                  stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise SystemExit(f"{script} failed; what it said is in {aside}")
         aside.rename(log)
 
 
@@ -134,20 +136,22 @@ def main():
         runs = sorted({(name, seed) for name, _, seed in jobs})
         ckpts = dict(zip(runs, pool.map(lambda run: args.ckpt or train(*run, args), runs)))
         clips = pool.map(lambda job: roll_out(ckpts[job[0], job[2]], job[1], args), jobs)
-        rows = {("the balls themselves", ""): [real]}
+        rows = {("none: real balls", "none"): [real]}
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
-    print("| train.py | sample.py | length", *COLUMNS, "", sep=" | ")
+    print("", "train.py", "sample.py", "length", *COLUMNS, "", sep=" | ")
     print("|-|-|-|" + "-|" * len(COLUMNS))
     for (name, way), seeds in rows.items():
         for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:
             each = np.array([np.nanmean([physics(c[:length]) for c in x], 0) for x in seeds])
             figures = [f"{m:.{n}f}" + f" ± {d:.{n}f}" * (len(seeds) > 1)
                        for m, d, n in zip(each.mean(0), each.std(0), (3, 3, 3, 3, 0))]
-            print(f"| {name} | {way} | {length // LENGTHS[0]}x", *figures, "", sep=" | ")
+            what = (name or "(default)", way or "(default)", f"{length // LENGTHS[0]}x")
+            print("", *what, *figures, "", sep=" | ")
     at = np.linspace(0, LENGTHS[-1] - 1, 16).round().astype(int)
     strips = [x[0][0][at] for x in rows.values() if x[0].shape[1] == LENGTHS[-1]]
-    strip = np.concatenate([np.concatenate(s, 1) for s in strips])
+    framed = [np.pad(s, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=90) for s in strips]
+    strip = np.concatenate([np.concatenate(s, 1) for s in framed])
     iio.imwrite(args.out / "strip.png", strip.repeat(2, 0).repeat(2, 1))
 
 
