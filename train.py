@@ -65,14 +65,15 @@ CONTEXT = 4  # real frames that a preview goes on from
 #      the clips that are held out from training ---------------------------------------------------
 
 
-def bouncing_balls(num_clips, num_frames, rng, size=32, radius=3.5, substeps=8):
-    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3)."""
+def bouncing_balls(num_clips, num_frames, rng, size=32, radius=3.5, substeps=8, speed=(0.6, 1.5)):
+    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3). speed: pixels a
+    frame, from and to."""
     if size < 4 * radius:
         raise ValueError(f"size is {size}; two balls need {4 * radius:.0f} pixels or more")
     background, colours = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])
     angle = rng.uniform(0, 2 * np.pi, (num_clips, 2))
-    speed = rng.uniform(0.6, 1.5, (num_clips, 2, 1))  # pixels a frame
-    v = speed * np.stack([np.cos(angle), np.sin(angle)], -1)  # (N, ball, xy)
+    v = np.stack([np.cos(angle), np.sin(angle)], -1)  # (N, ball, xy)
+    v = v * rng.uniform(*speed, (num_clips, 2, 1))
     p = rng.uniform(radius, size - radius, (num_clips, 2, 2))
     while (overlap := np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * radius).any():
         p[overlap] = rng.uniform(radius, size - radius, (overlap.sum(), 2, 2))

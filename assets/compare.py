@@ -3,6 +3,7 @@
     python assets/compare.py --minutes 4 --jobs 2        trains every paradigm for the same time, a
         core each, rolls it out to 1, 4 and 16 times the training length and prints a table
     python assets/compare.py --ckpt assets/balls.pt      rolls one model out in many ways
+    python assets/compare.py --slow                      balls that hardly move: how far they get
 
 Everything is kept in --out, and not made again, and so is strip.png: frames 0, 17 ... 255 of a
 rollout to 16 times the training length, a row for every one in the table.
@@ -45,15 +46,9 @@ RADIUS, BACKGROUND = 3.5, (12, 14, 20)  # as train.py draws them
 COLOURS = ((230, 70, 0), (0, 110, 225))
 
 
-def physics(clip):
-    """uint8 (T, H, W, 3) of two balls ->
-    good    share of frames in which both balls have their area (within a quarter) in one place
-    shape   how much of a disc's area is wrong, against true discs at the centres found (median)
-    vel     change of velocity from step to step in free flight, pixels a frame (median)
-    speed   how far the root mean square speed of both is from that of the first 8 free steps,
-            as a share (median): collisions and walls keep it
-    prefix  frames before the first that is not good, a jump in free flight of over a pixel a frame,
-            or a speed that is off by a fifth twice running"""
+def find(clip):
+    """uint8 (T, H, W, 3) of two balls -> centres (T, ball, xy); which frames have both balls whole,
+    in one place and with their area (within a quarter); how much of a ball is wrong (T,)."""
     unmix = np.linalg.pinv(np.array(COLOURS, float))  # (3,2)
     cover = np.moveaxis((clip - np.array(BACKGROUND, float)) @ unmix, -1, 1)  # (T,ball,H,W)
     y, x = np.mgrid[: clip.shape[1], : clip.shape[2]] + 0.5
@@ -67,8 +62,20 @@ def physics(clip):
     stray = ((cover > 0.5) & ~near).sum((2, 3))
     good = ((abs(solid / area - 1) <= 0.25) & (stray < 3)).all(1)
     disc = np.clip(RADIUS + 0.5 - distance, 0, 1)
-    shape = (abs(cover - disc) * near).sum((2, 3)).mean(1) / area
-    p = np.stack([px, py], -1)  # (T,ball,xy)
+    wrong = (abs(cover - disc) * near).sum((2, 3)).mean(1) / area
+    return np.stack([px, py], -1), good, wrong
+
+
+def physics(clip):
+    """uint8 (T, H, W, 3) of two balls ->
+    good    share of frames in which both balls are whole
+    shape   how much of a ball's area is wrong, against a true disc at its centre (median)
+    vel     change of velocity from step to step in free flight, pixels a frame (median)
+    speed   how far the root mean square speed of both is from that of the first 8 free steps,
+            as a share (median): collisions and walls keep it
+    prefix  frames before the first that is not good, a jump in free flight of over a pixel a frame,
+            or a speed that is off by a fifth twice running"""
+    p, good, shape = find(clip)
     v, reach = np.diff(p, axis=0), 2.3  # nobody is faster, pixels a frame
     gap = abs(np.minimum(p - RADIUS, clip.shape[1] - RADIUS - p))  # (T,ball,xy), to a wall
     touch = np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * RADIUS + reach  # (T,)
@@ -99,22 +106,40 @@ def call(script, words, log):
 
 def train(options, seed, args):
     """-> the checkpoint of a run."""
-    folder = args.out / f"{options or 'default'} seed {seed}".replace(" ", "_")
+    name = f"{options or 'default'} seed {seed}"
+    folder = args.out / name.replace(" ", "_").replace("/", "_")
     folder.mkdir(exist_ok=True)
     call("train.py", [*options.split(), "--minutes", args.minutes, "--seed", seed, "--device",
                       "cpu", "--out", folder / "model.pt", "--overwrite"], folder / "train.txt")
     return folder / "model.pt"
 
 
-def roll_out(ckpt, options, args):
+def roll_out(ckpt, options, args, context="context"):
     """-> clips (8, T, H, W, 3), each from 4 real frames or, with --batch, from nothing."""
     stem = args.out / ckpt.parent.name / f"rollout {options}".strip().replace(" ", "_")
     stem.parent.mkdir(exist_ok=True)
-    clips = [] if "--batch" in options else [args.out / f"context_{i}.npy" for i in range(CLIPS)]
+    clips = [] if "--batch" in options else [args.out / f"{context}_{i}.npy" for i in range(CLIPS)]
     call("sample.py", ["--ckpt", ckpt, "--frames", LENGTHS[-1], *options.split(), "--device", "cpu",
                        *(["--context", *clips] if clips else []), "--out", f"{stem}.npy"],
          stem.with_name(stem.name + ".txt"))
     return np.stack([np.load(f"{stem}_{i}.npy", allow_pickle=False) for i in range(CLIPS)])
+
+
+def slow(args):
+    """Balls at an eighth of the speed: how far they get in the time of 8 frames, as a share of how
+    far real ones get; for every frame shown to the network, and for every eighth."""
+    clips = bouncing_balls(64 + CLIPS, 200, np.random.default_rng(5), speed=(0.6 / 8, 1.5 / 8))
+    (args.out / "slow").mkdir(exist_ok=True)
+    for i, clip in enumerate(clips):
+        np.save(args.out / (f"slow/{i}.npy" if i < 64 else f"slow_context_{i - 64}.npy"), clip)
+    for stride in (1, 8):
+        ckpt = train(f"--data {args.out}/slow --stride {stride}", 0, args)
+        for noise in (0.05, 0.2):
+            rolled = roll_out(ckpt, f"--context-noise {noise} --frames 128", args, "slow_context")
+            far = [np.linalg.norm(p[8 // stride :] - p[: -8 // stride], axis=-1).mean() for p in
+                   (find(c)[0][CONTEXT:] for c in (*rolled, *clips[64:, ::stride]))]
+            print(f"--stride {stride} --context-noise {noise}: "
+                  f"{np.mean(far[:CLIPS]) / np.mean(far[CLIPS:]):.2f} of the way")
 
 
 def main():
@@ -124,8 +149,11 @@ def main():
     p.add_argument("--jobs", type=int, default=1, help="how many at once, a core each (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
     p.add_argument("--ckpt", type=Path, help="measure this model, and train none")
+    p.add_argument("--slow", action="store_true", help="the same for balls that hardly move")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.slow:
+        return slow(args)
     real = bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(99))
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
