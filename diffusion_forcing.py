@@ -597,7 +597,7 @@ class TemporalGRU(nn.Module):
 
 def rotation(position, dim):
     """cos and sin (T, d) of the angles by which frames at `position` (T,) turn (RoPE, arXiv
-    2104.09864): the first pair of channels by a quarter a frame, the last some hundred times
+    2104.09864): the first pair of channels by a quarter a frame, the last hundreds of times
     slower. A pair is a channel of the first half and its like of the second."""
     half = torch.arange(dim // 2, device=position.device) / (dim // 2)
     angle = position[:, None] * (math.pi / 2 * 1000.0**-half)  # (T,d/2)

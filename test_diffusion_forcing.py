@@ -959,10 +959,12 @@ def test_rotary_depends_on_distance_alone():
 
 
 @pytest.mark.attention
-def test_rotary_angles_do_not_lose_bits_in_bfloat16():
-    x, far = torch.ones(1, 1, 1, 8), torch.tensor([31])
-    exact, half = turned(x, far), turned(x.bfloat16(), far).float()
-    assert torch.allclose(exact, half, atol=0.02), "angles are computed in float32: in bfloat16 48.7 is 48.75"
+def test_rotary_keeps_the_type_and_its_angles_are_float32():
+    x, (cos, sin) = torch.ones(1, 1, 1, 8), df.rotation(torch.tensor([31]), 8)
+    assert cos.dtype == sin.dtype == torch.float32, "in bfloat16 an angle of 48.7 is 48.75"
+    half = df.rotary(x.bfloat16(), cos, sin)
+    assert half.dtype == torch.bfloat16, "attention gets back the type that it gave"
+    assert torch.allclose(df.rotary(x, cos, sin), half.float(), atol=0.02)
 
 
 @pytest.mark.attention
@@ -1110,8 +1112,8 @@ def run(script, *words, cwd, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
-def balls(n=1, frames=8, size=16, seed=0):
-    return train.bouncing_balls(n, frames, np.random.default_rng(seed), size)
+def balls(n=1, frames=8, size=16, seed=0, **options):
+    return train.bouncing_balls(n, frames, np.random.default_rng(seed), size, **options)
 
 
 @pytest.mark.cli
@@ -1133,22 +1135,37 @@ def test_balls_keep_their_energy_and_stay_inside():
 
 
 @pytest.mark.cli
-def test_physics_tells_what_is_wrong_with_balls():
-    sys.path.insert(0, str(HERE / "assets"))
+def test_physics_tells_what_is_wrong_with_balls(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
     from compare import physics
 
     clip = balls(1, 140, 32)[0]
     good, shape, vel, speed, prefix = physics(clip)
     assert good == 1 and shape < 0.01 and vel < 0.02 and speed < 0.02 and prefix == 140, "real balls do nothing wrong"
-    lost, blurred, jumpy = clip.copy(), clip.copy(), clip.copy()
+    lost, shaky = clip.copy(), clip.copy()
     lost[30] = (12, 14, 20)
     assert physics(lost)[0] == pytest.approx(139 / 140) and physics(lost)[4] == 30, "one frame without balls: frame 30"
     blurred = (clip.astype(int) + np.roll(clip, 1, 2) + np.roll(clip, -1, 2)) // 3
     assert physics(blurred)[1] > 0.1, "a blurred disc is no disc"
-    jumpy[1::2] = np.roll(clip, 1, 2)[1::2]
-    assert physics(jumpy)[2] > 1, "a pixel to the right and back in every other frame is a change of velocity"
-    faster = np.concatenate([clip[:20], clip[20::2]])
+    shaky[1::2] = np.roll(clip, (1, 1), (1, 2))[1::2]
+    assert physics(shaky)[2] == pytest.approx(2, abs=0.1), "a pixel there in every other frame: 1 - (-1), on both axes"
+    faster, still = np.concatenate([clip[:20], clip[20::2]]), np.concatenate([clip[:4], clip[3:4].repeat(136, 0)])
     assert physics(faster)[3] > 0.5 and 20 <= physics(faster)[4] < 30, "twice the speed from frame 20 on"
+    assert physics(still, clip)[3] == pytest.approx(1, abs=0.01) and physics(still, clip)[4] < 10, "standing still is wrong"
+    half = balls(1, 140, 32, speed=(0.3, 0.75))[0]
+    assert physics(half, clip)[3] == pytest.approx(0.5, abs=0.02), "half the speed of the clip that was to be gone on from"
+
+
+@pytest.mark.cli
+def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    import compare
+
+    done = []
+    monkeypatch.setattr(compare.subprocess, "run", lambda words, **_: done.append(words) or Namespace(returncode=0))
+    for minutes in (0.1, 0.1, 4):
+        compare.train("--temporal gru", 0, Namespace(out=tmp_path, minutes=minutes))
+    assert [words[words.index("--minutes") + 1] for words in done] == ["0.1", "4"], "the same once, another anew"
 
 
 @pytest.mark.cli
@@ -1539,16 +1556,18 @@ def test_options_of_train_reach_the_model(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path, *"--steps 1 --window 3 --context-noise 0.2 --temporal gru".split())
     c = df.load_checkpoint(tmp_path / "model.pt")[0].config
     told = dict(height=c.height, clip_frames=c.clip_frames, window=c.window, context_noise=c.context_noise, temporal=c.temporal)
-    assert told == dict(height=16, clip_frames=4, window=3, context_noise=0.2, temporal="gru")
+    assert told == dict(height=16, clip_frames=4, window=3, context_noise=0.2, temporal="gru"), "each option has its place in Config"
 
 
 @pytest.mark.cli
-@pytest.mark.parametrize("words,causal", [("--forcing full_sequence", False), ("--forcing full_sequence --temporal gru", True),
-                                          ("--forcing teacher", True)])
-def test_full_sequence_diffusion_looks_both_ways(tmp_path, monkeypatch, words, causal):
+@pytest.mark.parametrize("words,causal,mean,std", [
+    ("--forcing diffusion", True, -0.6, 2.4), ("--forcing teacher", True, -0.6, 1.6),
+    ("--forcing full_sequence", False, 0.4, 1.6), ("--forcing full_sequence --temporal gru", True, 0.4, 1.6)])
+def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, mean, std):
     train_here(monkeypatch, tmp_path, "--steps", "1", *words.split())
     config = df.load_checkpoint(tmp_path / "model.pt")[0].config
-    assert config.causal == causal, "frames of one level profit from later ones; a GRU cannot, and rollouts may not"
+    assert config.causal == causal, "frames of one level tell of each other, both ways; a GRU never looks ahead"
+    assert (config.P_mean, config.P_std) == (mean, std), "mixtures of levels need more of noise and of clean"
 
 
 @pytest.mark.cli

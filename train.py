@@ -51,8 +51,8 @@ PRESETS = {  # small: for anything, and for the balls. base: some tens of millio
     "base": dict(size=64, batch=32, lr=3e-4, warmup=1000, ema=0.9995, steps=200_000, minutes=None,
                  dim=128, dim_mults=(1, 2, 3, 4), fast=True, save_minutes=10),
 }
-SUITS = {  # what suits each paradigm, found by rollouts (README): training noise and causality
-    "diffusion": {},  # Config's own
+SUITS = {  # what each paradigm changes in Config, chosen by rollouts
+    "diffusion": {},
     "teacher": dict(P_std=1.6),  # no frame's past is a mixture of levels
     "full_sequence": dict(P_mean=0.4, P_std=1.6, causal=False),  # frames tell of each other
 }
@@ -568,9 +568,11 @@ def main():
         sys.exit(RANK and 1 or f"stopped and saved at step {run.step}; to go on: {start} {words} "
                  "--resume")
     frames = run.step * s.accumulate * s.batch * s.clip_frames
+    full = s.forcing == "full_sequence"
     print(f"{s.out}: {run.step} steps in {run.elapsed / 60:.1f} minutes, "
           f"{frames / run.elapsed:.0f} frames/s, {peak_memory(s.device)}; a rollout is in {video}\n"
-          f"more of them: python sample.py --ckpt {s.out} --frames 256")
+          f"more of them: python sample.py --ckpt {s.out} --frames "
+          + (f"{s.clip_frames} --schedule full_sequence" if full else "256"))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
     python assets/compare.py --ckpt assets/balls.pt      rolls one model out in many ways
     python assets/compare.py --slow                      balls that hardly move: how far they get
 
-Everything is kept in --out, and not made again, and so is strip.png: frames 0, 17 ... 255 of a
-rollout to 16 times the training length, a row for every one in the table.
+What it trains and rolls out is kept in --out, and not made again. So is strip.png: frames 0, 17 ...
+255 of a rollout, for every row that is 16 times as long as a training clip.
 """
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,23 +24,25 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from train import bouncing_balls  # noqa: E402: the line above says where it is
 
-PYRAMID, NOTHING = "--schedule pyramid --uncertainty 3", "--batch 8 --frames 16"
-CLEAN, NOISY = (f"--forcing teacher --context-noise {noise}" for noise in (0.002, 0.1))
-RUNS = {  # options of train.py: seeds, rollouts as options of sample.py
-    "": ((0, 1, 2), ("", PYRAMID, NOTHING)),
-    CLEAN: ((0, 1, 2), ("", PYRAMID)),
-    NOISY: ((0, 1, 2), ("",)),
-    "--forcing full_sequence": ((0, 1, 2), (f"--schedule full_sequence --steps 20 {NOTHING}",)),
-    "--temporal gru": ((0,), ("",)),
-    f"{CLEAN} --temporal gru": ((0,), ("",)),
-    f"{NOISY} --temporal gru": ((0,), ("",)),
-}
-WAYS = (  # to roll out --ckpt: steps; pyramids of as many network calls as 3 and 6 steps; memory
+PYRAMID, FROM_NOTHING = "--schedule pyramid --uncertainty 3", "--batch 8 --frames 16"
+CLEAN = "--forcing teacher --context-noise 0.002"
+NOISY = "--forcing teacher --context-noise 0.1"
+RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
+    ("", (0, 1, 2), ("", PYRAMID, FROM_NOTHING)),
+    (CLEAN, (0, 1, 2), ("", PYRAMID)),
+    (NOISY, (0, 1, 2), ("",)),
+    ("--forcing full_sequence", (0, 1, 2),
+     (f"--schedule full_sequence --steps 20 {FROM_NOTHING}",)),
+    ("--temporal gru", (0,), ("",)),
+    (f"{CLEAN} --temporal gru", (0,), ("",)),
+    (f"{NOISY} --temporal gru", (0,), ("",)),
+]
+WAYS = (  # to roll out --ckpt: steps; pyramids that make (S + 15 u) / 16 calls a frame; memory
     "--steps 3", "--steps 4", "--steps 6", "--steps 10", "--steps 20", "--steps 4 --solver heun",
     *(f"--schedule pyramid --uncertainty {u} --steps {S}" for u, S in ((1, 33), (2, 18), (3, 51),
                                                                        (5, 21))),
     "--steps 6 --context-noise 0.002", "--steps 6 --context-noise 0.02",
-    "--steps 6 --context-noise 0.2", "--steps 6 --context-noise 0.5", f"--steps 6 {NOTHING}")
+    "--steps 6 --context-noise 0.2", "--steps 6 --context-noise 0.5", f"--steps 6 {FROM_NOTHING}")
 CLIPS, CONTEXT, LENGTHS = 8, 4, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 RADIUS, BACKGROUND = 3.5, (12, 14, 20)  # as train.py draws them
@@ -66,77 +69,102 @@ def find(clip):
     return np.stack([px, py], -1), good, wrong
 
 
-def physics(clip):
+def free_flight(p, size):
+    """Centres (T, ball, xy) -> which steps are free of walls and of the other ball (T-1,); the root
+    mean square speed of both balls in each, NaN in the others. Walls and collisions keep it."""
+    reach = 2.3  # nobody is faster, pixels a frame
+    gap = abs(np.minimum(p - RADIUS, size - RADIUS - p))  # to a wall
+    touch = np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * RADIUS + reach
+    # a ball that bounced between two frames was, in sum, nearer to the wall than a step
+    free = (gap[1:] + gap[:-1] > reach).all((1, 2)) & ~touch[1:] & ~touch[:-1]
+    return free, np.where(free, np.sqrt((np.diff(p, axis=0) ** 2).sum((1, 2)) / 2), np.nan)
+
+
+def physics(clip, real=None):
     """uint8 (T, H, W, 3) of two balls ->
     good    share of frames in which both balls are whole
     shape   how much of a ball's area is wrong, against a true disc at its centre (median)
-    vel     change of velocity from step to step in free flight, pixels a frame (median)
-    speed   how far the root mean square speed of both is from that of the first 8 free steps,
-            as a share (median): collisions and walls keep it
-    prefix  frames before the first that is not good, a jump in free flight of over a pixel a frame,
-            or a speed that is off by a fifth twice running"""
+    vel     change of velocity from step to step in free flight, pixels a frame and axis (median)
+    speed   how far the speed of both is from that of `real`, the clip that was to be gone on from,
+            or else from that of its own first 8 free steps, as a share (median)
+    prefix  frames before the first mistake: a ball that is not whole, a jump in velocity of over a
+            pixel a frame in free flight, or the speed a fifth off in two free steps running"""
     p, good, shape = find(clip)
-    v, reach = np.diff(p, axis=0), 2.3  # nobody is faster, pixels a frame
-    gap = abs(np.minimum(p - RADIUS, clip.shape[1] - RADIUS - p))  # (T,ball,xy), to a wall
-    touch = np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * RADIUS + reach  # (T,)
-    free = (gap[1:] + gap[:-1] > reach).all((1, 2)) & ~touch[1:] & ~touch[:-1]  # (T-1,)
+    free, speed = free_flight(p, clip.shape[1])
+    true = speed[free][:8] if real is None else free_flight(find(real)[0], real.shape[1])[1]
+    off = abs(speed / max(median(true), 1e-3) - 1)
     pair = free[1:] & free[:-1]
-    jump = np.where(pair[:, None, None], abs(np.diff(v, axis=0)), np.nan)  # (T-2,ball,xy)
-    rms = np.where(free, np.sqrt((v**2).sum((1, 2)) / 2), np.nan)
-    off = abs(rms / np.median(rms[free][:8]) - 1) if free.any() else rms
-    wrong = [*np.flatnonzero(~good)[:1], *(np.flatnonzero((jump > 1).any((1, 2)))[:1] + 2)]
-    seen = np.flatnonzero(free)  # speed cannot be told in the others
-    late = seen[1:][(off[seen][1:] > 0.2) & (off[seen][:-1] > 0.2)] + 1
-    prefix = min([*wrong, *late[:1]], default=len(clip))
-    median = lambda a: np.nanmedian(a) if np.isfinite(a).any() else np.nan  # noqa: E731
-    return good.mean(), np.median(shape), median(jump), median(off), prefix
+    jump = np.where(pair[:, None, None], abs(np.diff(p, 2, axis=0)), np.nan)  # (T-2,ball,xy)
+    seen = np.flatnonzero(free)  # in the others nobody can tell
+    two = (off[seen][1:] > 0.2) & (off[seen][:-1] > 0.2)
+    jumps = np.flatnonzero((jump > 1).any((1, 2))) + 2
+    mistakes = [np.flatnonzero(~good), jumps, seen[1:][two] + 1]
+    prefix = min([at[0] for at in mistakes if len(at)], default=len(clip))
+    return good.mean(), median(shape), median(jump), median(off), prefix
 
 
-def call(script, words, log):
-    """A script of the product, on one core, unless its log says that it is done."""
-    aside = log.with_suffix(".tmp")
-    if not log.exists():
+def median(a):
+    return np.nanmedian(a) if np.isfinite(a).any() else np.nan
+
+
+def call(script, words, log, after=""):
+    """A script of the product, on one core, unless its log says that just this was done before."""
+    words = [sys.executable, str(HERE / script), *map(str, words)]
+    title, aside = f"{shlex.join(words)} # {after}\n", log.with_suffix(".tmp")
+    if not log.exists() or not log.read_text().startswith(title):
         with open(aside, "w") as f:
-            done = subprocess.run([sys.executable, HERE / script, *map(str, words)], stdout=f,
-                                  stderr=f, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            f.write(title)
+            f.flush()
+            done = subprocess.run(words, stdout=f, stderr=f,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             raise SystemExit(f"{script} failed; what it said is in {aside}")
         aside.rename(log)
 
 
-def train(options, seed, args):
+def folder(args, *names):
+    """A folder in --out, named after what is in it."""
+    words = "_".join(map(str, names)).replace("--", "").replace("/", " ").split()
+    path = args.out / "_".join(words)
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def train(options, seed, args, data=()):
     """-> the checkpoint of a run."""
-    name = f"{options or 'default'} seed {seed}"
-    folder = args.out / name.replace(" ", "_").replace("/", "_")
-    folder.mkdir(exist_ok=True)
-    call("train.py", [*options.split(), "--minutes", args.minutes, "--seed", seed, "--device",
-                      "cpu", "--out", folder / "model.pt", "--overwrite"], folder / "train.txt")
-    return folder / "model.pt"
+    path = folder(args, "train", options, "seed", seed)
+    call("train.py", [*options.split(), *data, "--minutes", args.minutes, "--seed", seed,
+                      "--device", "cpu", "--out", path / "model.pt", "--overwrite"],
+         path / "log.txt")
+    return path / "model.pt"
 
 
 def roll_out(ckpt, options, args, context="context"):
     """-> clips (8, T, H, W, 3), each from 4 real frames or, with --batch, from nothing."""
-    stem = args.out / ckpt.parent.name / f"rollout {options}".strip().replace(" ", "_")
-    stem.parent.mkdir(exist_ok=True)
+    own = ckpt.is_relative_to(args.out)
+    path = folder(args, ckpt.parent.name if own else ckpt, "sample", options)
     clips = [] if "--batch" in options else [args.out / f"{context}_{i}.npy" for i in range(CLIPS)]
     call("sample.py", ["--ckpt", ckpt, "--frames", LENGTHS[-1], *options.split(), "--device", "cpu",
-                       *(["--context", *clips] if clips else []), "--out", f"{stem}.npy"],
-         stem.with_name(stem.name + ".txt"))
-    return np.stack([np.load(f"{stem}_{i}.npy", allow_pickle=False) for i in range(CLIPS)])
+                       *(["--context", *clips] if clips else []), "--out", path / "r.npy"],
+         path / "log.txt", after=ckpt.stat().st_mtime)
+    return np.stack([np.load(path / f"r_{i}.npy", allow_pickle=False) for i in range(CLIPS)])
 
 
 def slow(args):
     """Balls at an eighth of the speed: how far they get in the time of 8 frames, as a share of how
-    far real ones get; for every frame shown to the network, and for every eighth."""
+    far real ones get; with every frame shown to the network, and with every eighth."""
     clips = bouncing_balls(64 + CLIPS, 200, np.random.default_rng(5), speed=(0.6 / 8, 1.5 / 8))
-    (args.out / "slow").mkdir(exist_ok=True)
+    data = folder(args, "slow")
     for i, clip in enumerate(clips):
-        np.save(args.out / (f"slow/{i}.npy" if i < 64 else f"slow_context_{i - 64}.npy"), clip)
+        path = data / f"{i}.npy" if i < 64 else args.out / f"slow_context_{i - 64}.npy"
+        if not path.exists():
+            np.save(path, clip)
     for stride in (1, 8):
-        ckpt = train(f"--data {args.out}/slow --stride {stride}", 0, args)
+        ckpt = train(f"--stride {stride}", 0, args, ["--data", data, "--cache", args.out / "cache"])
+        step = 8 // stride
         for noise in (0.05, 0.2):
             rolled = roll_out(ckpt, f"--context-noise {noise} --frames 128", args, "slow_context")
-            far = [np.linalg.norm(p[8 // stride :] - p[: -8 // stride], axis=-1).mean() for p in
+            far = [np.linalg.norm(p[step:] - p[:-step], axis=-1).mean() for p in
                    (find(c)[0][CONTEXT:] for c in (*rolled, *clips[64:, ::stride]))]
             print(f"--stride {stride} --context-noise {noise}: "
                   f"{np.mean(far[:CLIPS]) / np.mean(far[CLIPS:]):.2f} of the way")
@@ -148,34 +176,37 @@ def main():
     p.add_argument("--minutes", type=float, default=4, help="of every training (%(default)s)")
     p.add_argument("--jobs", type=int, default=1, help="how many at once, a core each (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
-    p.add_argument("--ckpt", type=Path, help="measure this model, and train none")
-    p.add_argument("--slow", action="store_true", help="the same for balls that hardly move")
+    p.add_argument("--ckpt", type=Path, help="measure this model of the balls, and train none")
+    p.add_argument("--slow", action="store_true", help="measure balls that hardly move instead")
     args = p.parse_args()
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.slow:
         return slow(args)
     real = bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(99))
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
-    wanted = {str(args.ckpt): ((0,), WAYS)} if args.ckpt else RUNS
-    jobs = [(name, way, seed) for name, (seeds, ways) in wanted.items() for seed in seeds
-            for way in ways]
+    wanted = [(str(args.ckpt), (0,), WAYS)] if args.ckpt else RUNS
+    jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = sorted({(name, seed) for name, _, seed in jobs})
-        ckpts = dict(zip(runs, pool.map(lambda run: args.ckpt or train(*run, args), runs)))
+        runs = list(dict.fromkeys((name, seed) for name, _, seed in jobs))
+        ckpts = dict(zip(runs, pool.map(
+            lambda run: args.ckpt.resolve() if args.ckpt else train(*run, args), runs)))
         clips = pool.map(lambda job: roll_out(ckpts[job[0], job[2]], job[1], args), jobs)
         rows = {("none: real balls", "none"): [real]}
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
-    print("", "train.py", "sample.py", "length", *COLUMNS, "", sep=" | ")
+    print("|", " | ".join(("train.py", "sample.py", "length", *COLUMNS)), "|")
     print("|-|-|-|" + "-|" * len(COLUMNS))
     for (name, way), seeds in rows.items():
-        for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:
-            each = np.array([np.nanmean([physics(c[:length]) for c in x], 0) for x in seeds])
-            figures = [f"{m:.{n}f}" + f" ± {d:.{n}f}" * (len(seeds) > 1)
-                       for m, d, n in zip(each.mean(0), each.std(0), (3, 3, 3, 3, 0))]
+        start, true = (0, [None] * CLIPS) if "--batch" in way else (CONTEXT, real)
+        for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:  # what was given counts not
+            each = np.array([np.nanmean([physics(c[start:length], r) for c, r in zip(x, true)], 0)
+                             for x in seeds])
+            figures = [f"{each[:, i].mean():.{n}f}" + (f" ± {each[:, i].std(ddof=1):.{n}f}"
+                       if len(seeds) > 1 else "") for i, n in enumerate((3, 3, 3, 3, 0))]
             what = (name or "(default)", way or "(default)", f"{length // LENGTHS[0]}x")
-            print("", *what, *figures, "", sep=" | ")
+            print("|", " | ".join((*what, *figures)), "|")
     at = np.linspace(0, LENGTHS[-1] - 1, 16).round().astype(int)
     strips = [x[0][0][at] for x in rows.values() if x[0].shape[1] == LENGTHS[-1]]
     framed = [np.pad(s, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=90) for s in strips]
