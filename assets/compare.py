@@ -37,12 +37,13 @@ RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
     (f"{CLEAN} --temporal gru", (0,), ("",)),
     (f"{NOISY} --temporal gru", (0,), ("",)),
 ]
-WAYS = (  # to roll out --ckpt: steps; pyramids that make (S + 15 u) / 16 calls a frame; memory
-    "--steps 3", "--steps 4", "--steps 6", "--steps 10", "--steps 20", "--steps 4 --solver heun",
-    *(f"--schedule pyramid --uncertainty {u} --steps {S}" for u, S in ((1, 33), (2, 18), (3, 51),
-                                                                       (5, 21))),
+WAYS = [  # to roll out --ckpt: steps; pyramids of 3, 3 and 6 network calls a frame; memory
+    "--steps 3", "--steps 4", "--steps 6", "--steps 10", "--steps 4 --solver heun",
+    "--schedule pyramid --uncertainty 1 --steps 33",  # calls: (S + 15 u) / 16, but of more frames
+    "--schedule pyramid --uncertainty 2 --steps 18",
+    "--schedule pyramid --uncertainty 5 --steps 21",
     "--steps 6 --context-noise 0.002", "--steps 6 --context-noise 0.02",
-    "--steps 6 --context-noise 0.2", "--steps 6 --context-noise 0.5", f"--steps 6 {FROM_NOTHING}")
+    "--steps 6 --context-noise 0.2", "--steps 6 --context-noise 0.5", f"--steps 6 {FROM_NOTHING}"]
 CLIPS, CONTEXT, LENGTHS = 8, 4, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 RADIUS, BACKGROUND = 3.5, (12, 14, 20)  # as train.py draws them
@@ -183,7 +184,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     if args.slow:
         return slow(args)
-    real = bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(99))
+    real, other = (bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(n)) for n in (99, 98))
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
     wanted = [(str(args.ckpt), (0,), WAYS)] if args.ckpt else RUNS
@@ -193,7 +194,7 @@ def main():
         ckpts = dict(zip(runs, pool.map(
             lambda run: args.ckpt.resolve() if args.ckpt else train(*run, args), runs)))
         clips = pool.map(lambda job: roll_out(ckpts[job[0], job[2]], job[1], args), jobs)
-        rows = {("none: real balls", "none"): [real]}
+        rows = {("none: real balls", "none"): [real], ("none: other balls", "none"): [other]}
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
     print("|", " | ".join(("train.py", "sample.py", "length", *COLUMNS)), "|")
