@@ -59,18 +59,18 @@ SUITS = {  # what each paradigm changes in Config, chosen by rollouts
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
 FREE = ("steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # on --resume
 CONTEXT = 4  # real frames that a preview goes on from
+RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
+BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
 
 
 # ---- data: batch(rng, n) -> clips (n, T, H, W, 3) uint8, actions (n, T, A) or None. held=True: of
 #      the clips that are held out from training ---------------------------------------------------
 
 
-def bouncing_balls(num_clips, num_frames, rng, size=32, radius=3.5, substeps=8, speed=(0.6, 1.5)):
-    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3). speed: pixels a
-    frame, from and to."""
+def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=8, speed=SPEED):
+    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3)."""
     if size < 4 * radius:
         raise ValueError(f"size is {size}; two balls need {4 * radius:.0f} pixels or more")
-    background, colours = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])
     angle = rng.uniform(0, 2 * np.pi, (num_clips, 2))
     v = np.stack([np.cos(angle), np.sin(angle)], -1)  # (N, ball, xy)
     v = v * rng.uniform(*speed, (num_clips, 2, 1))
@@ -82,7 +82,7 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=3.5, substeps=8, 
         dx, dy = pixel - p[..., 0, None], pixel - p[..., 1, None]  # (N, ball, size) each
         distance = np.sqrt(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2)
         cover = np.clip(radius + 0.5 - distance, 0, 1)  # an edge one pixel wide
-        image = background + np.einsum("nkhw,kc->nhwc", cover, colours)
+        image = BACKGROUND + np.einsum("nkhw,kc->nhwc", cover, COLOURS)
         clips.append(np.minimum(image, 255).round().astype(np.uint8))
         for _ in range(substeps):
             p = p + v / substeps

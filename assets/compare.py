@@ -22,7 +22,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from train import bouncing_balls  # noqa: E402: the line above says where it is
+from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: found by the above
+                   bouncing_balls)
 
 PYRAMID, FROM_NOTHING = "--schedule pyramid --uncertainty 3", "--batch 8 --frames 16"
 CLEAN = "--forcing teacher --context-noise 0.002"
@@ -44,17 +45,14 @@ WAYS = [  # to roll out --ckpt: steps; pyramids of 3, 3 and 6 network calls a fr
     "--schedule pyramid --uncertainty 5 --steps 21",
     "--steps 6 --context-noise 0.002", "--steps 6 --context-noise 0.02",
     "--steps 6 --context-noise 0.2", "--steps 6 --context-noise 0.5", f"--steps 6 {FROM_NOTHING}"]
-CLIPS, CONTEXT, LENGTHS = 8, 4, (16, 64, 256)
+CLIPS, LENGTHS = 8, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
-RADIUS, BACKGROUND = 3.5, (12, 14, 20)  # as train.py draws them
-COLOURS = ((230, 70, 0), (0, 110, 225))
 
 
 def find(clip):
     """uint8 (T, H, W, 3) of two balls -> centres (T, ball, xy); which frames have both balls whole,
     in one place and with their area (within a quarter); how much of a ball is wrong (T,)."""
-    unmix = np.linalg.pinv(np.array(COLOURS, float))  # (3,2)
-    cover = np.moveaxis((clip - np.array(BACKGROUND, float)) @ unmix, -1, 1)  # (T,ball,H,W)
+    cover = np.moveaxis((clip - 1.0 * BACKGROUND) @ np.linalg.pinv(COLOURS), -1, 1)  # (T,ball,H,W)
     y, x = np.mgrid[: clip.shape[1], : clip.shape[2]] + 0.5
     area, weight = np.pi * RADIUS**2, np.where(cover > 0.5, cover, 0)
     for _ in range(3):  # the centre of all pixels above a half, then of all that are near it
@@ -154,7 +152,7 @@ def roll_out(ckpt, options, args, context="context"):
 def slow(args):
     """Balls at an eighth of the speed: how far they get in the time of 8 frames, as a share of how
     far real ones get; with every frame shown to the network, and with every eighth."""
-    clips = bouncing_balls(64 + CLIPS, 200, np.random.default_rng(5), speed=(0.6 / 8, 1.5 / 8))
+    clips = bouncing_balls(64 + CLIPS, 200, np.random.default_rng(5), speed=np.array(SPEED) / 8)
     data = folder(args, "slow")
     for i, clip in enumerate(clips):
         path = data / f"{i}.npy" if i < 64 else args.out / f"slow_context_{i - 64}.npy"
@@ -169,6 +167,31 @@ def slow(args):
                    (find(c)[0][CONTEXT:] for c in (*rolled, *clips[64:, ::stride]))]
             print(f"--stride {stride} --context-noise {noise}: "
                   f"{np.mean(far[:CLIPS]) / np.mean(far[CLIPS:]):.2f} of the way")
+
+
+def print_table(rows, real):
+    """rows: {(options of train.py, of sample.py): clips of every seed}. What was given to go on
+    from does not count."""
+    print("|", " | ".join(("train.py", "sample.py", "length", *COLUMNS)), "|")
+    print("|-|-|-|" + "-|" * len(COLUMNS))
+    for (name, way), seeds in rows.items():
+        start, true = (0, [None] * CLIPS) if "--batch" in way else (CONTEXT, real)
+        for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:
+            each = np.array([np.nanmean([physics(c[start:length], r) for c, r in zip(x, true)], 0)
+                             for x in seeds])
+            figures = [f"{each[:, i].mean():.{n}f}" + (f" ± {each[:, i].std(ddof=1):.{n}f}"
+                       if len(seeds) > 1 else "") for i, n in enumerate((3, 3, 3, 3, 0))]
+            what = (name or "(default)", way or "(default)", f"{length // LENGTHS[0]}x")
+            print("|", " | ".join((*what, *figures)), "|")
+
+
+def draw_strip(clips, path):
+    """16 frames of each clip of full length, a row a clip."""
+    at = np.linspace(0, LENGTHS[-1] - 1, 16).round().astype(int)
+    frames = np.stack([clip[at] for clip in clips if len(clip) == LENGTHS[-1]])  # (row,16,H,W,3)
+    frames = np.pad(frames, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=90)
+    strip = np.concatenate([np.concatenate(row, 1) for row in frames])
+    iio.imwrite(path, strip.repeat(2, 0).repeat(2, 1))
 
 
 def main():
@@ -197,22 +220,8 @@ def main():
         rows = {("none: real balls", "none"): [real], ("none: other balls", "none"): [other]}
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
-    print("|", " | ".join(("train.py", "sample.py", "length", *COLUMNS)), "|")
-    print("|-|-|-|" + "-|" * len(COLUMNS))
-    for (name, way), seeds in rows.items():
-        start, true = (0, [None] * CLIPS) if "--batch" in way else (CONTEXT, real)
-        for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:  # what was given counts not
-            each = np.array([np.nanmean([physics(c[start:length], r) for c, r in zip(x, true)], 0)
-                             for x in seeds])
-            figures = [f"{each[:, i].mean():.{n}f}" + (f" ± {each[:, i].std(ddof=1):.{n}f}"
-                       if len(seeds) > 1 else "") for i, n in enumerate((3, 3, 3, 3, 0))]
-            what = (name or "(default)", way or "(default)", f"{length // LENGTHS[0]}x")
-            print("|", " | ".join((*what, *figures)), "|")
-    at = np.linspace(0, LENGTHS[-1] - 1, 16).round().astype(int)
-    strips = [x[0][0][at] for x in rows.values() if x[0].shape[1] == LENGTHS[-1]]
-    framed = [np.pad(s, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=90) for s in strips]
-    strip = np.concatenate([np.concatenate(s, 1) for s in framed])
-    iio.imwrite(args.out / "strip.png", strip.repeat(2, 0).repeat(2, 1))
+    print_table(rows, real)
+    draw_strip([x[0][0] for x in rows.values()], args.out / "strip.png")
 
 
 if __name__ == "__main__":
