@@ -53,7 +53,7 @@ from torch import nn
 
 FORCINGS = ("diffusion", "full_sequence", "teacher")
 SCHEDULES = ("autoregressive", "pyramid", "full_sequence")
-SOLVERS = ("euler", "heun")
+SOLVERS = ("euler", "multistep")
 
 
 @dataclass
@@ -300,6 +300,7 @@ def rollout(model, matrix, num_frames, context=None, *, config=None, batch_size=
     matrix   (M+1, T) int levels from S (first row) to 0 (last row); S is its maximum
     context  (B, T_context, C, H, W) frames to go on from, or None: batch_size clips from nothing
     actions  (B, num_frames or more, A): row t drives the change into frame t
+    solver   "euler", or "multistep", which is of second order and as cheap
     Raises ValueError for a matrix that does not come down from S to 0 or, with a causal model, has
     a frame cleaner than one before it; for a context of another size; for too few actions.
     """
@@ -318,6 +319,7 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
     """The loop of rollout. x holds the frames not yet in the state: finished ones, then a tile."""
     S = int(matrix.max())
     sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
+    sigmas = torch.cat([sigmas, sigmas.new_tensor([math.inf])])  # level S + 1: came from nowhere
 
     def noise(n):  # drawn frame by frame, so that neither tile nor num_frames change a frame's
         shape = (len(context), *context.shape[2:])
@@ -334,15 +336,18 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
         x, eps = torch.cat([x, sigmas[S] * start], 1), torch.cat([eps, history], 1)
         K = torch.cat([matrix.new_zeros(len(matrix), old), matrix[:, :n]], 1)
         entered, shown = 0, old  # how many of x are in the state; have been given out
+        D = torch.zeros_like(x)  # what each frame was denoised to in its last step
         for now, then in zip(K[:-1], K[1:]):
             if torch.equal(now, then):
                 continue
             finished = int((now == 0).cumprod(0).sum())  # zeros in front: these enter the state
             started = int((then < S).nonzero().max()) + 1  # later ones are pure noise: no use
             live = slice(entered, started)
+            before = torch.where((K > now) & (solver == "multistep"), K, S + 1).amin(0)  # last level
             a = None if actions is None else actions[:, first + entered : first + started].to(x)
-            x[:, live], state = step(model, x[:, live], eps[:, live], now[live], then[live],
-                                     sigmas, config, state, finished - entered, a, solver)
+            x[:, live], D[:, live], state = step(
+                model, x[:, live], D[:, live], eps[:, live], before[live], now[live], then[live],
+                sigmas, config, state, finished - entered, a)
             entered = finished
             while shown < len(then) and then[shown] == 0:
                 yield x[:, shown].clone()
@@ -350,35 +355,28 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
         x, eps, first = x[:, entered:], eps[:, entered:], first + entered
 
 
-def step(model, x, eps, now, then, sigmas, config, state, commit, actions, solver):
-    """Takes frames x (B, n, C, H, W) from levels `now` (n,) to levels `then` -> x, state.
+def step(model, x, D_last, eps, before, now, then, sigmas, config, state, commit, actions):
+    """Takes frames x (B, n, C, H, W) from levels `now` (n,) to levels `then` -> x, D, state.
 
     The first `commit` frames are finished and enter the state in the same call. Finished frames
     are shown with their one draw of context noise, and the label says so: what the network is told
-    is what it is given.
+    is what it is given. D_last, before: what frames were denoised to in their last step, from which
+    level; with S + 1 there is none, and the step is Euler's.
     """
-    correct = solver == "heun" and bool(((now != then) & (then > 0)).any())
-    now, then = now.to(x.device), then.to(x.device)
-    s, s_next, moves = sigmas[now], sigmas[then], now != then  # (n,) each
+    before, now, then = (level.to(x.device) for level in (before, now, then))
+    s_last, s, s_next = sigmas[before], sigmas[now], sigmas[then]  # (n,) each
     history_sigma = config.in_frame_units(config.context_noise)
-
-    def denoise_from(first, x, k, state, commit):  # the call of the network, for x[:, first:]
-        seen = torch.where(per_frame(k == 0), x + history_sigma * eps, x)
-        label = torch.where(k == 0, history_sigma, sigmas[k]).expand(len(x), -1)
-        a = None if actions is None else actions[:, first:]
-        return model(seen[:, first:], label[:, first:], state, actions=a, commit=commit)
-
-    denoised, state = denoise_from(0, x, now, state, commit)
-    # x + (s_next - s) dx/dsigma, where dx/dsigma = (x - D) / s, written so that it ends on D at 0
-    euler = denoised + per_frame(s_next / s) * (x - denoised)
-    x_next = torch.where(per_frame(moves), euler, x)  # a level that is held holds every bit
-    if correct:  # Heun (EDM, Algorithm 1): the mean of the slopes at both ends
-        again, _ = denoise_from(commit, x_next, then, state, 0)
-        again = torch.cat([denoised[:, :commit], again], 1)
-        slope = ((x - denoised) / per_frame(s) + (x_next - again) / per_frame(s_next)) / 2
-        heun = x + per_frame(s_next - s) * slope
-        x_next = torch.where(per_frame(moves & (then > 0)), heun, x_next)
-    return x_next, state
+    seen = torch.where(per_frame(now == 0), x + history_sigma * eps, x)
+    label = torch.where(now == 0, history_sigma, s).expand(len(x), -1)
+    D, state = model(seen, label, state, actions=actions, commit=commit)
+    # Euler: x + (s_next - s) dx/dsigma, where dx/dsigma = (x - D) / s, written so that it ends on D
+    # at 0. Multistep (DPM-Solver++(2M), arXiv 2211.01095): with D as it will be halfway through the
+    # step, on the line, in log sigma, from the last D to this one. A step to 0 has no halfway.
+    ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)
+    halfway = D + per_frame(ahead) * (D - D_last)
+    x_next = halfway + per_frame(s_next / s) * (x - halfway)
+    moves = per_frame(now != then)  # a level that is held holds every bit
+    return torch.where(moves, x_next, x), torch.where(moves, D, D_last), state
 
 
 def check_rollout(matrix, num_frames, context, config, actions, solver):

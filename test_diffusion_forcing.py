@@ -498,12 +498,12 @@ def test_context_carries_the_noise_it_says_drawn_once():
 
 
 @pytest.mark.sampler
-def test_heun_shows_a_frame_that_just_finished_as_history_will():
-    spy = Spy(lambda x, sigma: 0.9 * x)
-    df.sample(spy, df.scheduling_matrix("pyramid", 3, 3, 1), solver="heun")
+def test_a_finished_frame_is_shown_with_the_same_noise_in_every_call():
+    spy = Spy(lambda x, sigma: 0.9 * x, causal=False)
+    df.sample(spy, torch.tensor([[2, 2], [2, 1], [2, 0], [1, 0], [0, 0]]))  # frame 1 is done, and frame 0 not yet
     told = spy.config.context_noise * units(spy.config)
-    shown = [c["x"][:, 0] for c in spy.calls if abs(c["sigma"][0, 0] - told) < 1e-6]  # frame 0: in Heun's call, then committed
-    assert len(shown) >= 2 and torch.equal(shown[0], shown[1]), "one draw of context noise a frame, in every call"
+    shown = [c["x"][:, 1] for c in spy.calls if c["sigma"].shape[1] == 2 and abs(c["sigma"][0, 1] - told) < 1e-6]
+    assert len(shown) == 2 and torch.equal(shown[0], shown[1]), "one draw of context noise a frame, not one a call"
 
 
 @pytest.mark.sampler
@@ -552,7 +552,7 @@ def test_sample_is_the_context_and_then_the_matrix_once():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_rollout_keeps_its_type(dtype):
     spy, actions = Spy(lambda x, sigma: 0.9 * x), torch.ones(1, 2, 1)
-    out = df.sample(spy, df.scheduling_matrix("pyramid", 2, 2), actions=actions, dtype=dtype, solver="heun")
+    out = df.sample(spy, df.scheduling_matrix("pyramid", 2, 2), actions=actions, dtype=dtype, solver="multistep")
     types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
     assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
 
@@ -609,16 +609,16 @@ def test_context_noise_is_not_the_noise_that_a_frame_began_with():
 
 
 @pytest.mark.sampler
-def test_every_call_of_heun_has_the_state_and_the_actions_of_its_frames():
+def test_every_call_has_the_state_and_the_actions_of_its_frames():
     spy, actions = Spy(action_dim=1), torch.arange(12.0).view(2, 6, 1)
     K = df.scheduling_matrix("autoregressive", 1, 3)
-    list(df.rollout(spy, K, 6, torch.zeros(2, 1, 3, 8, 8), actions=actions, solver="heun"))
+    list(df.rollout(spy, K, 6, torch.zeros(2, 1, 3, 8, 8), actions=actions))
     for call in spy.calls:
         start = call["state"] or 0
         assert torch.equal(call["actions"], actions[:, start : start + call["x"].shape[1]]), "actions of other frames or clips"
     for call, following in zip(spy.calls, spy.calls[1:]):
         if call["commit"]:
-            assert following["state"] == (call["state"] or 0) + call["commit"], "the second call starts from the new state"
+            assert following["state"] == (call["state"] or 0) + call["commit"], "a call starts from the state that the last one left"
 
 
 @pytest.mark.sampler
@@ -675,7 +675,7 @@ def ar1(T, phi=0.9):
 def test_exact_denoisers_give_the_true_covariance(causal, kind, u):
     model = JointGaussian(ar1(4), causal=causal)
     K = df.scheduling_matrix(kind, 4, 64, u)
-    x = df.sample(model, K, batch_size=8000, solver="heun", generator=torch.Generator().manual_seed(0)).flatten(1)
+    x = df.sample(model, K, batch_size=8000, solver="multistep", generator=torch.Generator().manual_seed(0)).flatten(1)
     error = (torch.cov(x.T).double() - model.C).abs().max() / 0.25
     assert error < 0.06, f"samples of {kind} have the wrong covariance (off by {error:.0%}): wrong slope, level or state"
 
@@ -685,17 +685,17 @@ def test_with_a_causal_denoiser_only_autoregressive_is_exact():
     """Past frames cannot listen to later ones: no bug, but a limit of every causal model."""
     model = JointGaussian(ar1(4), causal=True)
     K = df.scheduling_matrix("full_sequence", 4, 64)
-    x = df.sample(model, K, batch_size=8000, solver="heun", generator=torch.Generator().manual_seed(0)).flatten(1)
+    x = df.sample(model, K, batch_size=8000, solver="multistep", generator=torch.Generator().manual_seed(0)).flatten(1)
     error = (torch.cov(x.T).double() - model.C).abs().max() / 0.25
     assert 0.2 < error < 0.7, f"full_sequence with a causal denoiser is off by {error:.0%}, not by the known 45 %"
 
 
 @pytest.mark.sampler
-@pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2)])
-def test_euler_is_of_first_order_and_heun_of_second(solver, order):
+@pytest.mark.parametrize("solver,order", [("euler", 1), ("multistep", 2)])
+def test_euler_is_of_first_order_and_multistep_of_second(solver, order):
     """One Gaussian frame: the exact solution at sigma_min is x scaled by sqrt(sd^2 + sigma^2), in closed form."""
     errors = []
-    for S in (16, 32):
+    for S in (64, 128):
         model = JointGaussian(ar1(1))
         model.config.sigma_min = 0.1
         s, seen = df.karras_sigmas(S, model.config).double(), []
@@ -713,6 +713,37 @@ def test_euler_is_of_first_order_and_heun_of_second(solver, order):
         errors.append(abs(end - exact))
     measured = math.log2(errors[0] / errors[1])
     assert measured == pytest.approx(order, abs=0.35), f"{solver} is of order {measured:.2f}, not {order}"
+
+
+def multistep_by_hand(x, sigmas, D):
+    """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2, with alpha = 1, so that lambda = -ln sigma; the last step first-order."""
+    lam, seen = [-math.log(s) if s else math.inf for s in sigmas], []
+    for i in range(1, len(sigmas)):
+        seen.append(D(x, sigmas[i - 1]))
+        h = lam[i] - lam[i - 1]
+        if i > 1 and sigmas[i]:
+            r = (lam[i - 1] - lam[i - 2]) / h
+            target = (1 + 1 / (2 * r)) * seen[-1] - 1 / (2 * r) * seen[-2]
+        else:
+            target = seen[-1]
+        x = sigmas[i] / sigmas[i - 1] * x - math.expm1(-h) * target
+    return x
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("K", [df.scheduling_matrix("pyramid", 4, 5, 1.5), df.scheduling_matrix("autoregressive", 3, 5),
+                               torch.tensor([[5, 5], [4, 5], [2, 5], [2, 3], [1, 2], [1, 1], [0, 1], [0, 0]])])
+def test_multistep_keeps_the_last_step_of_every_frame_apart(K):
+    """Frames on different rows, levels held and skipped: each frame goes as it would alone."""
+    spy = Spy(lambda x, sigma: torch.tanh(x) / (1 + sigma[..., None, None, None]))  # of each frame by itself
+    generator = torch.Generator().manual_seed(0)
+    out = df.sample(spy, K, solver="multistep", dtype=torch.float64, generator=generator)
+    start = df.sample(Spy(lambda x, sigma: x), K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    s = df.karras_sigmas(5, spy.config).double()
+    for t in range(K.shape[1]):
+        levels = [int(k) for k in torch.unique_consecutive(K[:, t])]
+        alone = multistep_by_hand(start[:, t], [float(s[k]) for k in levels], lambda x, sigma: torch.tanh(x) / (1 + sigma))
+        assert torch.allclose(out[:, t], alone, rtol=1e-5), f"frame {t}: the last D and the last level must be its own"
 
 
 @pytest.mark.sampler
@@ -1542,11 +1573,11 @@ def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", np.ones((2, 1), np.float32))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "rollout", lambda model, K, *a, **options: told.update(options, K=K) or iter(()))
-    words = "--ckpt m.pt --schedule pyramid --uncertainty 2 --tile 3 --steps 4 --solver heun --seed 7 --actions a.npy"
+    words = "--ckpt m.pt --schedule pyramid --uncertainty 2 --tile 3 --steps 4 --solver multistep --seed 7 --actions a.npy"
     monkeypatch.setattr(sys, "argv", ["sample.py", *words.split(), *"--device cpu --out o.npy".split()])
     sample.main()
     assert torch.equal(told["K"], df.scheduling_matrix("pyramid", 3, 4, 2.0)), "--schedule, --uncertainty, --tile, --steps"
-    assert told.get("solver") == "heun", "--solver"
+    assert told.get("solver") == "multistep", "--solver"
     assert told["generator"].initial_seed() == 7, "--seed"
     assert told["actions"].all() and told["actions"].shape == (1, 256, 1), "--actions, repeated to --frames"
 

@@ -38,8 +38,9 @@ from tqdm import tqdm
 from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, diffusion_forcing_loss,
                                load_checkpoint, rollout, sample_noise_levels, save_checkpoint,
                                scheduling_matrix)
-from sample import (VideoWriter, explain, fail, find_device, list_images, peak_memory, positive,
-                    positive_float, read_actions, read_clip, side_file, to_bytes, to_frames)
+from sample import (SOLVER, STEPS, VideoWriter, explain, fail, find_device, list_images,
+                    peak_memory, positive, positive_float, read_actions, read_clip, side_file,
+                    to_bytes, to_frames)
 
 RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 DEFAULTS = dict(data=None, clip_frames=16, stride=1, temporal="attention", forcing="diffusion",
@@ -433,11 +434,11 @@ def preview(name, model, data, num_frames, s, columns=4):
     path = Path(s.out).with_suffix(f".{name}.mp4")
     real, actions = data.batch(np.random.default_rng(0), columns, num_frames, held=True)
     context, actions = to_tensors(real[:, :CONTEXT], actions, s.device)
-    K = scheduling_matrix("autoregressive", 1, 10)
+    K = scheduling_matrix("autoregressive", 1, STEPS)
     if s.forcing == "full_sequence":  # all that such a model knows
-        K = scheduling_matrix("full_sequence", s.clip_frames, 10)
+        K = scheduling_matrix("full_sequence", s.clip_frames, STEPS)
     height, width = 2 * model.config.height, columns * model.config.width
-    frames = rollout(model, K, num_frames, context, actions=actions)
+    frames = rollout(model, K, num_frames, context, actions=actions, solver=SOLVER)
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
     try:
         video = VideoWriter(path, height, width, scale=-(-256 // height))

@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE))
 from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: found by the above
                    bouncing_balls)
 
-PYRAMID, FROM_NOTHING = "--schedule pyramid --uncertainty 3", "--batch 8 --frames 16"
+PYRAMID, FROM_NOTHING = "--schedule pyramid --uncertainty 2", "--batch 8 --frames 16"
 CLEAN = "--forcing teacher --context-noise 0.002"
 NOISY = "--forcing teacher --context-noise 0.1"
 RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
@@ -38,13 +38,13 @@ RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
     (f"{CLEAN} --temporal gru", (0,), ("",)),
     (f"{NOISY} --temporal gru", (0,), ("",)),
 ]
-WAYS = [  # to roll out --ckpt: steps; pyramids of 3, 3 and 6 network calls a frame; memory
-    "--steps 3", "--steps 4", "--steps 6", "--steps 10", "--steps 4 --solver heun",
+WAYS = [  # to roll out --ckpt: steps, solvers; pyramids of 3, 3 and 6 network calls a frame; memory
+    "--steps 3", "--steps 4", "", "--steps 10", "--solver euler --steps 4", "--solver euler",
+    "--solver euler --steps 10",
     "--schedule pyramid --uncertainty 1 --steps 33",  # calls: (S + 15 u) / 16, but of more frames
     "--schedule pyramid --uncertainty 2 --steps 18",
     "--schedule pyramid --uncertainty 5 --steps 21",
-    "--steps 6 --context-noise 0.002", "--steps 6 --context-noise 0.02",
-    "--steps 6 --context-noise 0.2", "--steps 6 --context-noise 0.5", f"--steps 6 {FROM_NOTHING}"]
+    *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5)), FROM_NOTHING]
 CLIPS, LENGTHS = 8, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 
