@@ -31,9 +31,10 @@ Glossary
 
 Departures from the paper: EDM's noise levels, preconditioning, weighting and deterministic steps
 (Karras et al., arXiv 2206.00364) in place of discrete DDPM ones; on top of that, learned weights
-(ExpectedLoss); attention with a cache as a second choice beside a GRU, which here runs at every
-location of the U-Net (the paper: a convolutional GRU); rows of the matrix in the order of sampling;
-the noise on finished frames is really added.
+(ExpectedLoss), and steps of second order that know the step before (DPM-Solver++); attention with
+a cache as a second choice beside a GRU, which here runs at every location of the U-Net (the paper:
+a convolutional GRU); rows of the matrix in the order of sampling; the noise on finished frames is
+really added.
 
 Does not include: latent autoencoders, text conditioning, guidance, discrete noise schedules.
 
@@ -336,14 +337,14 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
         x, eps = torch.cat([x, sigmas[S] * start], 1), torch.cat([eps, history], 1)
         K = torch.cat([matrix.new_zeros(len(matrix), old), matrix[:, :n]], 1)
         entered, shown = 0, old  # how many of x are in the state; have been given out
-        D = torch.zeros_like(x)  # what each frame was denoised to in its last step
+        D = torch.zeros_like(x)  # what each frame was denoised to in its last step, from `before`
         for now, then in zip(K[:-1], K[1:]):
             if torch.equal(now, then):
                 continue
             finished = int((now == 0).cumprod(0).sum())  # zeros in front: these enter the state
             started = int((then < S).nonzero().max()) + 1  # later ones are pure noise: no use
             live = slice(entered, started)
-            before = torch.where((K > now) & (solver == "multistep"), K, S + 1).amin(0)  # last level
+            before = torch.where((K > now) & (solver == "multistep"), K, S + 1).amin(0)
             a = None if actions is None else actions[:, first + entered : first + started].to(x)
             x[:, live], D[:, live], state = step(
                 model, x[:, live], D[:, live], eps[:, live], before[live], now[live], then[live],
