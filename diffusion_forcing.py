@@ -319,8 +319,8 @@ def rollout(model, matrix, num_frames, context=None, *, config=None, batch_size=
 def roll(model, matrix, num_frames, context, config, actions, solver, generator):
     """The loop of rollout. x holds the frames not yet in the state: finished ones, then a tile."""
     S = int(matrix.max())
-    sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
-    sigmas = torch.cat([sigmas, sigmas.new_tensor([math.inf])])  # level S + 1: came from nowhere
+    sigmas = karras_sigmas(S, config).to(context)  # (S+1,), and at level S + 1, for "no level":
+    sigmas = torch.cat([sigmas, sigmas.new_tensor([math.inf])])
 
     def noise(n):  # drawn frame by frame, so that neither tile nor num_frames change a frame's
         shape = (len(context), *context.shape[2:])
@@ -337,13 +337,14 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
         x, eps = torch.cat([x, sigmas[S] * start], 1), torch.cat([eps, history], 1)
         K = torch.cat([matrix.new_zeros(len(matrix), old), matrix[:, :n]], 1)
         entered, shown = 0, old  # how many of x are in the state; have been given out
-        D = torch.zeros_like(x)  # what each frame was denoised to in its last step, from `before`
+        D = torch.zeros_like(x)  # what each frame was denoised to in its last step
         for now, then in zip(K[:-1], K[1:]):
             if torch.equal(now, then):
                 continue
             finished = int((now == 0).cumprod(0).sum())  # zeros in front: these enter the state
             started = int((then < S).nonzero().max()) + 1  # later ones are pure noise: no use
             live = slice(entered, started)
+            # where each frame was before its last step: levels never rise. Euler does not ask.
             before = torch.where((K > now) & (solver == "multistep"), K, S + 1).amin(0)
             a = None if actions is None else actions[:, first + entered : first + started].to(x)
             x[:, live], D[:, live], state = step(
@@ -364,7 +365,7 @@ def step(model, x, D_last, eps, before, now, then, sigmas, config, state, commit
     is what it is given. D_last, before: what frames were denoised to in their last step, from which
     level; with S + 1 there is none, and the step is Euler's.
     """
-    before, now, then = (level.to(x.device) for level in (before, now, then))
+    before, now, then = torch.stack([before, now, then]).to(x.device)  # one copy, not three
     s_last, s, s_next = sigmas[before], sigmas[now], sigmas[then]  # (n,) each
     history_sigma = config.in_frame_units(config.context_noise)
     seen = torch.where(per_frame(now == 0), x + history_sigma * eps, x)

@@ -79,19 +79,24 @@ def free_flight(p, size):
     return free, np.where(free, np.sqrt((np.diff(p, axis=0) ** 2).sum((1, 2)) / 2), np.nan)
 
 
-def physics(clip, real=None):
+def true_speed(clip):
+    """The speed of both balls of a real clip, which it keeps (median)."""
+    return median(free_flight(find(clip)[0], clip.shape[1])[1])
+
+
+def physics(clip, true=None):
     """uint8 (T, H, W, 3) of two balls ->
     good    share of frames in which both balls are whole
     shape   how much of a ball's area is wrong, against a true disc at its centre (median)
     vel     change of velocity from step to step in free flight, pixels a frame and axis (median)
-    speed   how far the speed of both is from that of `real`, the clip that was to be gone on from,
+    speed   how far the speed of both is from `true`, that of the clip that was to be gone on from,
             or else from that of its own first 8 free steps, as a share (median)
     prefix  frames before the first mistake: a ball that is not whole, a jump in velocity of over a
             pixel a frame in free flight, or the speed a fifth off in two free steps running"""
     p, good, shape = find(clip)
     free, speed = free_flight(p, clip.shape[1])
-    true = speed[free][:8] if real is None else free_flight(find(real)[0], real.shape[1])[1]
-    off = abs(speed / max(median(true), 1e-3) - 1)
+    true = median(speed[free][:8]) if true is None else true
+    off = abs(speed / max(true, 1e-3) - 1)
     pair = free[1:] & free[:-1]
     jump = np.where(pair[:, None, None], abs(np.diff(p, 2, axis=0)), np.nan)  # (T-2,ball,xy)
     seen = np.flatnonzero(free)  # in the others nobody can tell
@@ -174,10 +179,11 @@ def print_table(rows, real):
     from does not count."""
     print("|", " | ".join(("train.py", "sample.py", "length", *COLUMNS)), "|")
     print("|-|-|-|" + "-|" * len(COLUMNS))
+    speeds = [true_speed(clip) for clip in real]
     for (name, way), seeds in rows.items():
-        start, true = (0, [None] * CLIPS) if "--batch" in way else (CONTEXT, real)
+        start, true = (0, [None] * CLIPS) if "--batch" in way else (CONTEXT, speeds)
         for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:
-            each = np.array([np.nanmean([physics(c[start:length], r) for c, r in zip(x, true)], 0)
+            each = np.array([np.nanmean([physics(c[start:length], t) for c, t in zip(x, true)], 0)
                              for x in seeds])
             figures = [f"{each[:, i].mean():.{n}f}" + (f" ± {each[:, i].std(ddof=1):.{n}f}"
                        if len(seeds) > 1 else "") for i, n in enumerate((3, 3, 3, 3, 0))]
