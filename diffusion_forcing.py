@@ -267,13 +267,13 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is done
       "pyramid"         u = `uncertainty`: near frames settle while far ones are still uncertain
-    Raises ValueError for another kind, or less than one frame, one step or no uncertainty.
+    Raises ValueError for another kind, less than a frame or a step, or an uncertainty below 0.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
     if num_frames < 1 or num_steps < 1 or not 0 <= uncertainty < math.inf:
         raise ValueError(f"{num_frames} frames, {num_steps} steps, uncertainty {uncertainty}: "
-                         "at least 1 frame, 1 step and an uncertainty of 0 are needed")
+                         "at least 1 frame and 1 step are needed, and no uncertainty below 0")
     u = {"full_sequence": 0, "autoregressive": num_steps, "pyramid": uncertainty}[kind]
     start = torch.tensor([math.floor(u * t) for t in range(num_frames)])  # (T,) when t starts
     m = torch.arange(num_steps + int(start[-1]) + 1)  # (M+1,)

@@ -73,8 +73,8 @@ def load_npy(path, ndim, **options):
         raise ValueError(explain(error)) from None
     except (ValueError, EOFError):
         raise ValueError(f"{path}: not an array of numbers, or damaged") from None
-    if array.ndim != ndim or not array.size:
-        raise ValueError(f"{path}: shape {array.shape}; {ndim} axes are needed")
+    if not isinstance(array, np.ndarray) or array.ndim != ndim or not array.size:
+        raise ValueError(f"{path}: shape {np.shape(array)}; a .npy of {ndim} axes is needed")
     return array
 
 
@@ -232,7 +232,8 @@ def parse_args():
     add("--fps", type=positive_float, default=15, help="frames a second of the video (%(default)s)")
     add("--scale", type=positive, help="enlarge pixels, never in .npy (to a height of 256 or more)")
     add("--device", help="cuda, mps or cpu (the first of them that is there)")
-    add("--show-schedule", action="store_true", help="print the matrix of every tile, and stop")
+    add("--show-schedule", action="store_true", help="print the matrix of every tile (16 frames "
+        "but for autoregressive, or --tile), and stop")
     return p.parse_args()
 
 
@@ -247,6 +248,8 @@ def load_inputs(args, config, stride):
         frames = [frames[i % len(frames)] for i in range(args.batch)]
         context = to_frames(np.stack(frames)).to(args.device)
     if not config.action_dim:
+        if args.actions:
+            raise ValueError(f"{args.actions}: the model was trained without actions")
         return context, None
     actions = np.zeros((args.batch, args.frames, config.action_dim), np.float32)
     for i in range(args.batch):
@@ -268,8 +271,9 @@ def main():
     paths = [args.out]
     if args.batch > 1:
         paths = [args.out.with_stem(f"{args.out.stem}_{i}") for i in range(args.batch)]
-    if {p.resolve() for p in paths} & {Path(c).resolve() for c in args.context}:
-        fail(f"--out {args.out} would overwrite --context")
+    inputs = [*args.context, *map(side_file, args.context), *filter(None, [args.actions])]
+    if {p.resolve() for p in paths} & {Path(i).resolve() for i in inputs}:
+        fail(f"--out {args.out} would overwrite what the rollout is made from")
     try:
         if args.show_schedule:
             return show_schedule(args)
@@ -282,7 +286,7 @@ def main():
         height, width, scale = model.config.height, model.config.width, args.scale
         writers = [VideoWriter(path, height, width, args.fps, scale or -(-256 // height))
                    for path in paths]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
         fail(explain(error))
     bar = tqdm(frames, total=args.frames, unit=" frames", desc=str(args.out))
     try:

@@ -4,6 +4,7 @@ Every test compares with something independent: a closed form, a slow loop, or a
 """
 
 import copy
+import io
 import math
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -1409,6 +1411,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_pat
     assert "step 24 is nan" in said and "sigma" in said and "two balls" in said, f"step, clips and sigmas, not: {said}"
     model, extra = df.load_checkpoint(tmp_path / "model.resume.pt")
     assert extra["step"] == 20 and all(p.isfinite().all() for p in model.parameters()), "the last good state stays"
+    assert "--resume goes on with it" in said, f"say how to go on: {said}"
+    with pytest.raises(SystemExit):
+        train_here(monkeypatch, tmp_path, "--overwrite", "--steps", "40", nan_at=5)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--resume" not in said, f"nothing of this run was saved: do not offer to go on with the one before it: {said}"
+
+
+@pytest.mark.cli
+def test_speed_counts_the_steps_since_it_was_last_told():
+    run, log = Namespace(step=20, losses=[0.0] * 20, elapsed=9.0), io.StringIO()  # 18 of them before an interruption
+    s = Namespace(accumulate=2, batch=3, clip_frames=5, steps=100, minutes=None)
+    train.report(run, s, None, log, train.tqdm(disable=True), (train.time.monotonic() - 0.5, 18), 0.1)
+    speed = float(log.getvalue().split(",")[6])
+    assert speed == pytest.approx(2 * 2 * 3 * 5 / 0.5, rel=0.2), "2 steps of 2 passes of 3 clips of 5 frames in half a second"
 
 
 @pytest.mark.cli
@@ -1436,7 +1452,8 @@ def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys):
     (clips / "script.mp4").write_text("ffconcat version 1.0\nfile /etc/passwd\n")  # would have ffmpeg open another file
     (clips / "dead.mp4").symlink_to("nowhere")
     os.mkfifo(clips / "pipe.mp4")  # whoever opens it waits for ever
-    (clips / ".hidden.mp4").write_text("ignored")
+    for name in (".hidden.mp4", "hidden.preview.mp4", "hidden.rollout.mp4"):  # the last two are train.py's
+        (clips / name).write_text("ignored")
     data = train.Clips(clips, 4, 16, 1, tmp_path / "cache", 0.5)
     said = capsys.readouterr().out
     for name, reason in [("nan", "NaN"), ("objects", "numbers"), ("short", "3 frames; 4 are needed"), ("text", "moov"),
@@ -1565,6 +1582,8 @@ def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
     if suffix == ".npy":
         a, b = (np.load(tmp_path / f"o_{i}.npy") for i in (0, 1))
         assert a.shape == b.shape == (3, 8, 8, 3) and (a != b).any(), "each rollout has noise of its own"
+    else:
+        assert iio.imread(tmp_path / f"o_0{suffix}").shape[:3] == (3, 256, 256), "frames of 8x8 are enlarged to be watched"
 
 
 @pytest.mark.cli
@@ -1574,11 +1593,11 @@ def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", np.ones((2, 1), np.float32))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "rollout", lambda model, K, *a, **options: told.update(options, K=K) or iter(()))
-    words = "--ckpt m.pt --schedule pyramid --uncertainty 2 --tile 3 --steps 4 --solver multistep --seed 7 --actions a.npy"
+    words = "--ckpt m.pt --schedule pyramid --uncertainty 2 --tile 3 --steps 4 --solver euler --seed 7 --actions a.npy"
     monkeypatch.setattr(sys, "argv", ["sample.py", *words.split(), *"--device cpu --out o.npy".split()])
     sample.main()
     assert torch.equal(told["K"], df.scheduling_matrix("pyramid", 3, 4, 2.0)), "--schedule, --uncertainty, --tile, --steps"
-    assert told.get("solver") == "multistep", "--solver"
+    assert told.get("solver") == "euler", "--solver"
     assert told["generator"].initial_seed() == 7, "--seed"
     assert told["actions"].all() and told["actions"].shape == (1, 256, 1), "--actions, repeated to --frames"
 
@@ -1600,6 +1619,8 @@ def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, 
     config = df.load_checkpoint(tmp_path / "model.pt")[0].config
     assert config.causal == causal, "frames of one level tell of each other, both ways; a GRU never looks ahead"
     assert (config.P_mean, config.P_std) == (mean, std), "mixtures of levels need more of noise and of clean"
+    shown = len(sample.read_clip(tmp_path / "model.rollout.mp4", 32, 64))
+    assert shown == (4 if "full_sequence" in words else 5), "a model of full_sequence knows whole clips of 4 frames only"
 
 
 @pytest.mark.cli
@@ -1628,12 +1649,16 @@ def test_show_schedule_prints_the_table_that_readers_ask_about(tmp_path):
     ("sample.py", "--out none/a.mp4"), ("sample.py", "--ckpt junk.pt"), ("sample.py", "--schedule none"),
     ("sample.py", "--ckpt ok.pt --context none.mp4"), ("sample.py", "--ckpt ok.pt --context short.npy"),
     ("sample.py", "--ckpt ok.pt --schedule pyramid --uncertainty -1"),
-    ("train.py", "--data none"), ("train.py", "--data empty"), ("train.py", "--size 15"), ("train.py", "--resume"),
     ("sample.py", "--ckpt ok.pt --context short.npy --context-frames 2 --out short.npy"),
-    ("train.py", "--out none/model.pt"), ("train.py", "--batch 0"), ("train.py", "--size 8"), ("train.py", "--out run.1"),
+    ("sample.py", "--ckpt ok.pt --context short.npy --context-frames 2 --out short.actions.npy"),
+    ("sample.py", "--ckpt ok.pt --actions none.npy"), ("train.py", "--out old.pt"),
+    ("train.py", "--data none"), ("train.py", "--data empty"), ("train.py", "--data . --cache cache --size 15"),
+    ("train.py", "--resume"), ("train.py", "--out none/model.pt"), ("train.py", "--batch 0"), ("train.py", "--size 8"),
+    ("train.py", "--out ."),
 ])
 def test_a_users_mistake_is_one_line_and_status_two(tmp_path, script, words):
     (tmp_path / "junk.pt").write_bytes(b"junk")
+    (tmp_path / "old.resume.pt").write_bytes(b"of a run whose old.pt was moved: not to be lost")
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
     df.save_checkpoint(tmp_path / "ok.pt", tiny(), random_denoiser().state_dict())

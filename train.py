@@ -58,6 +58,7 @@ SUITS = {  # what each paradigm changes in Config, chosen by rollouts
     "full_sequence": dict(P_mean=0.4, P_std=1.6, causal=False),  # frames tell of each other
 }
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
+NO_CLIPS = (".actions.npy", ".preview.mp4", ".rollout.mp4")  # the last two are our own
 FREE = ("steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # on --resume
 CONTEXT = 4  # real frames that a preview goes on from
 RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
@@ -151,7 +152,8 @@ class Clips:
         held = (np.arange(len(windows)) + 1) % every == 0  # whole clips
         share = {False: windows * ~held, True: windows * held if held.any() else windows}
         self.share = {k: w / w.sum() for k, w in share.items()}  # by length
-        self.mark = hashlib.sha256(repr(self.clips).encode()).hexdigest()  # of all that is in it
+        clips = repr([path.name for _, path in self.clips])  # these tell when a clip has changed
+        self.mark = hashlib.sha256(clips.encode()).hexdigest()
         print(f"{len(self.clips)} clips ({held.sum()} held out), {sum(self.lengths)} frames, "
               f"{self.action_dim} actions; {len(skipped)} skipped")
 
@@ -183,7 +185,7 @@ def find_clips(folder):
             continue
         if path.is_dir():
             found += [path] * (len(list_images(path)) > 1)
-        elif path.suffix.lower() in (*VIDEOS, ".npy") and not path.name.endswith(".actions.npy"):
+        elif path.suffix.lower() in (*VIDEOS, ".npy") and not path.name.endswith(NO_CLIPS):
             found.append(path)
     return found
 
@@ -276,7 +278,8 @@ def parse_args():
     add("--context-noise", type=positive_float, help="sigma with which frames enter the memory: "
         "in rollouts, and as the past in teacher forcing (default: 0.05)")
     add("--seed", type=int, help="of weights, batches and noise (default: 0)")
-    add("--val", type=float, help="share of clips held out for validation (default: 0.1)")
+    add("--val", type=float, help="share of clips held out for validation: every n-th, n = 1 / val, "
+        "rounded (default: 0.1)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--cache", help="folder of decoded clips (default: ~/.cache/diffusion_forcing)")
     add("--no-compile", action="store_true", default=None,
@@ -289,14 +292,15 @@ def parse_args():
 def settle(args):
     """-> the settings of the run, plain values that travel in the checkpoint; its path; what is in
     it, with --resume."""
+    if args.out.suffix != ".pt" or not args.out.parent.is_dir():
+        fail(f"--out {args.out}: a .pt file in an existing folder is needed")
     given = {k: v for k, v in vars(args).items() if v is not None} | dict(out=str(args.out))
     device, resume, saved = find_device(args.device), args.out.with_suffix(".resume.pt"), None
     preset = args.preset or ("base" if args.data and device.startswith("cuda") else "small")
     stored = DEFAULTS | PRESETS[preset] | dict(preset=preset, no_compile=False)
-    if args.out.suffix != ".pt" or not args.out.parent.is_dir():
-        fail(f"--out {args.out}: a .pt file in an existing folder is needed")
-    if args.out.exists() and not (args.resume or args.overwrite):
-        fail(f"{args.out} exists: --resume goes on with it, --overwrite starts anew")
+    there = [str(path) for path in (args.out, resume) if path.exists()]
+    if there and not (args.resume or args.overwrite):
+        fail(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew")
     if args.resume:
         try:
             model, saved = load_checkpoint(resume)
@@ -319,6 +323,10 @@ def settle(args):
         fail(f"--accumulate {s.accumulate}: a multiple of the {WORLD} processes is needed")
     if not 0 <= s.val <= 0.5:
         fail(f"--val {s.val}: a share between 0 and 0.5 is needed")
+    try:
+        Config(height=s.size, width=s.size, dim=s.dim, dim_mults=s.dim_mults)
+    except ValueError as error:  # told now, and not when all clips are decoded
+        fail(error)
     return s, resume, saved
 
 
@@ -428,17 +436,21 @@ def save(run, s, data, resume):
 
 
 def preview(name, model, data, num_frames, s, columns=4):
-    """Writes a video: real clips above, rollouts from their first frames below."""
+    """Writes a video: real clips above, rollouts from their first frames below.
+
+    What a model of full_sequence knows is a whole clip, from nothing: that is what it shows."""
     if RANK:
         return None
     path = Path(s.out).with_suffix(f".{name}.mp4")
     real, actions = data.batch(np.random.default_rng(0), columns, num_frames, held=True)
     context, actions = to_tensors(real[:, :CONTEXT], actions, s.device)
     K = scheduling_matrix("autoregressive", 1, STEPS)
-    if s.forcing == "full_sequence":  # all that such a model knows
-        K = scheduling_matrix("full_sequence", s.clip_frames, STEPS)
+    if s.forcing == "full_sequence":
+        context, num_frames = None, s.clip_frames
+        K = scheduling_matrix("full_sequence", num_frames, STEPS)
     height, width = 2 * model.config.height, columns * model.config.width
-    frames = rollout(model, K, num_frames, context, actions=actions, solver=SOLVER)
+    frames = rollout(model, K, num_frames, context, batch_size=columns, actions=actions,
+                     solver=SOLVER)
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
     try:
         video = VideoWriter(path, height, width, scale=-(-256 // height))
@@ -485,11 +497,12 @@ def open_log(path, s, step):
     return open(path, "a")
 
 
-def report(run, s, data, log, bar, seconds, lr):
-    """A row of the log, and the progress bar."""
+def report(run, s, data, log, bar, since, lr):
+    """A row of the log, and the progress bar. since: the time at a step, to tell the speed."""
     check(run, s, data)
-    loss = np.mean(run.losses)
-    speed = len(run.losses) * s.accumulate * s.batch * s.clip_frames / seconds
+    loss, (then, step) = np.mean(run.losses), since
+    frames = (run.step - step) * s.accumulate * s.batch * s.clip_frames
+    speed = frames / (time.monotonic() - then)
     held = validate(run, s, data) if run.step % 500 == 0 else []
     bands = ",".join(f"{x:.5f}" for x in held) or ",,"
     log.write(f"{run.step},{loss:.5f},{lr:.3g},{bands},{speed:.1f},{run.elapsed:.1f}\n")
@@ -506,7 +519,8 @@ def train(s, run, data, resume):
     handlers = [signal.signal(n, lambda n, _: stop.append(n) or WORLD > 1  # for torchrun's own
                               or signal.signal(n, signal.SIG_DFL)) for n in signals]
     log = open(os.devnull, "w") if RANK else open_log(out.with_suffix(".csv"), s, run.step)
-    start, saved, since = time.monotonic() - run.elapsed, run.elapsed, time.monotonic()
+    start, saved = time.monotonic() - run.elapsed, run.elapsed
+    since = time.monotonic(), run.step
     upcoming = pool.submit(draw_step, data, s, run.step)
     with tqdm(total=1.0, initial=progress(run, s), disable=RANK > 0, bar_format="{percentage:3.0f}%"
               "|{bar}| {elapsed}<{remaining}{postfix}") as bar:
@@ -517,13 +531,13 @@ def train(s, run, data, resume):
             run.losses.append(train_step(run, s, batches, lr))
             run.elapsed, stopped = agree(time.monotonic() - start, len(stop))
             if run.step % 20 == 0:
-                report(run, s, data, log, bar, time.monotonic() - since, lr)
-                since = time.monotonic()
+                report(run, s, data, log, bar, since, lr)
+                since = time.monotonic(), run.step
                 if run.elapsed - saved > 60 * s.save_minutes:
                     saved = run.elapsed
                     save(run, s, data, resume)
                     preview("preview", run.ema, data, 2 * s.clip_frames, s)
-                    since = time.monotonic()
+                    since = time.monotonic(), run.step
     pool.shutdown()
     save(run, s, data, resume)
     agree(0)  # nobody leaves before all is saved
@@ -545,7 +559,7 @@ def join():
 
 
 def main():
-    args = parse_args()
+    args, began = parse_args(), time.time()
     if WORLD > 1:
         join()
     s, resume, saved = settle(args)
@@ -561,7 +575,8 @@ def main():
         if finished:
             video = preview("rollout", run.ema, data, 256, s)
     except (OSError, RuntimeError, MemoryError, FloatingPointError) as error:
-        kept = "" if not resume.exists() else f". {resume} is whole, and --resume goes on with it"
+        ours = resume.exists() and (args.resume or resume.stat().st_mtime > began)
+        kept = f". {resume} is whole, and --resume goes on with it" if ours else ""
         fail(explain(error) + kept)
     if not finished:
         words = shlex.join(w for w in sys.argv if w not in ("--overwrite", "--resume"))

@@ -203,7 +203,7 @@ def draw_strip(clips, path):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--minutes", type=float, default=4, help="of every training (%(default)s)")
+    p.add_argument("--minutes", type=float, default=4.0, help="of every training (%(default)s)")
     p.add_argument("--jobs", type=int, default=1, help="how many at once, a core each (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
     p.add_argument("--ckpt", type=Path, help="measure this model of the balls, and train none")
