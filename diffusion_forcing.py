@@ -344,7 +344,8 @@ def roll(model, matrix, num_frames, context, config, actions, solver, generator)
             finished = int((now == 0).cumprod(0).sum())  # zeros in front: these enter the state
             started = int((then < S).nonzero().max()) + 1  # later ones are pure noise: no use
             live = slice(entered, started)
-            # where each frame was before its last step: levels never rise. Euler does not ask.
+            # the level each frame came from: as levels never rise, the lowest above `now` in its
+            # column; S + 1 if it has not moved yet, or if nobody will ask: Euler takes no look back
             before = torch.where((K > now) & (solver == "multistep"), K, S + 1).amin(0)
             a = None if actions is None else actions[:, first + entered : first + started].to(x)
             x[:, live], D[:, live], state = step(
@@ -363,7 +364,7 @@ def step(model, x, D_last, eps, before, now, then, sigmas, config, state, commit
     The first `commit` frames are finished and enter the state in the same call. Finished frames
     are shown with their one draw of context noise, and the label says so: what the network is told
     is what it is given. D_last, before: what frames were denoised to in their last step, from which
-    level; with S + 1 there is none, and the step is Euler's.
+    level; S + 1 says that there was none: its sigma is infinite, so that `ahead` is 0, as in Euler.
     """
     before, now, then = torch.stack([before, now, then]).to(x.device)  # one copy, not three
     s_last, s, s_next = sigmas[before], sigmas[now], sigmas[then]  # (n,) each

@@ -278,8 +278,8 @@ def parse_args():
     add("--context-noise", type=positive_float, help="sigma with which frames enter the memory: "
         "in rollouts, and as the past in teacher forcing (default: 0.05)")
     add("--seed", type=int, help="of weights, batches and noise (default: 0)")
-    add("--val", type=float, help="share of clips held out for validation: every n-th, n = 1 / val, "
-        "rounded (default: 0.1)")
+    add("--val", type=float, help="share of clips held out for validation: every n-th, n being "
+        "1 / val, rounded (default: 0.1)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--cache", help="folder of decoded clips (default: ~/.cache/diffusion_forcing)")
     add("--no-compile", action="store_true", default=None,
