@@ -367,8 +367,8 @@ def build(s, data, saved):
     compiled = s.fast and on_cuda and not s.no_compile
     run.network = torch.compile(run.model) if compiled else run.model
     if WORLD > 1:
-        run.network, run.expected_loss = (DistributedDataParallel(m, broadcast_buffers=False)
-                                          for m in (run.network, run.expected_loss))
+        run.network, run.expected_loss = map(DistributedDataParallel,
+                                             (run.network, run.expected_loss))
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{count / 1e6:.2f} M parameters, preset {s.preset}, {s.device}")
     return run
@@ -541,6 +541,8 @@ def train(s, run, data, resume):
     pool.shutdown()
     save(run, s, data, resume)
     agree(0)  # nobody leaves before all is saved
+    if WORLD > 1:
+        dist.destroy_process_group()  # threads that outlive Python abort the process
     for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
     return not stopped
