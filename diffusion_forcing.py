@@ -398,8 +398,9 @@ def check_rollout(matrix, num_frames, context, config, actions, solver):
          f"context frames of another size than {size}"),
         (num_frames < max(given, 1), f"num_frames is {num_frames}; it counts the {given} frames "
          "of context and is at least 1"),
-        (actions is not None and actions.shape[1] < num_frames,
-         f"{num_frames} frames need as many rows of actions"),
+        (actions is not None and (actions.shape[1] < num_frames
+                                  or actions.shape[2:] != (config.action_dim,)),
+         f"{num_frames} frames need as many rows of {config.action_dim} actions"),
     ):
         if wrong:
             raise ValueError(message)

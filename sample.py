@@ -10,6 +10,7 @@
 """
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
@@ -46,9 +47,9 @@ def explain(error):
     if isinstance(error, OSError):
         first = str(error).split("\n")[0]  # ffmpeg's are long
         return f"{error.filename}: {error.strerror}" if error.filename else first
-    if isinstance(error, (ValueError, FloatingPointError)):
+    if isinstance(error, (ValueError, FloatingPointError)) or "ffmpeg" in str(error):
         return str(error)
-    short = re.search("out of memory|allocate memory", str(error))
+    short = re.search("out of memory|not enough memory|allocate memory", str(error))
     if not short and not isinstance(error, MemoryError):
         raise error
     return "out of memory: lower --batch (or, in training, --size, --clip-frames, --preset)"
@@ -78,9 +79,9 @@ def load_npy(path, ndim, **options):
     return array
 
 
-def read_clip(path, height, width):
+def read_clip(path, height, width, limit=None):
     """A video, a .npy (T, H, W, 3) (uint8, or floats in 0..1) or a folder of images -> uint8 (T,
-    height, width, 3).
+    height, width, 3), its first `limit` frames or all.
 
     ffmpeg decodes, scales and crops to the centre, so that no video is ever held at full size;
     every coded frame comes through, whatever its time stamp. Raises ValueError with the file and
@@ -90,7 +91,7 @@ def read_clip(path, height, width):
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path}: neither a file nor a folder")  # a pipe would never end
     if path.suffix.lower() == ".npy" and not path.is_dir():
-        clip = load_npy(path, 4, mmap_mode="r")
+        clip = load_npy(path, 4, mmap_mode="r")[:limit]
         if clip.dtype.kind == "f" and ((clip >= 0) & (clip <= 1)).all():
             clip = (clip * 255).round().astype(np.uint8)
         if clip.dtype != np.uint8 or clip.shape[-1] != 3:
@@ -100,10 +101,11 @@ def read_clip(path, height, width):
         source, url = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size], "pipe:"
         data = np.ascontiguousarray(clip).reshape(-1).data  # flat: pipes count in bytes
     elif path.is_dir():
-        images = list_images(path)
+        images = list_images(path)[:limit]
         source[1], url, data = "pipe", "pipe:", b"".join(p.read_bytes() for p in images)
     fit = f"{width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-i", url,
+    first = ["-frames:v", str(limit)] if limit else []
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-i", url, *first,
                "-vf", f"scale={fit}", "-fps_mode", "passthrough",
                "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, input=data or b"", capture_output=True)
@@ -150,10 +152,11 @@ class VideoWriter:
         if self.npy:
             return self.write_header()
         codec, pixels, options = CODECS[suffix]
-        self.encoder = imageio_ffmpeg.write_frames(
-            str(path), (width * scale, height * scale), fps=fps, codec=codec, pix_fmt_out=pixels,
-            output_params=options, macro_block_size=1, ffmpeg_log_level="error")
-        self.encoder.send(None)  # starts it
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo",
+                   "-pix_fmt", "rgb24", "-s", f"{width * scale}x{height * scale}", "-r", str(fps),
+                   "-i", "pipe:", "-c:v", codec, "-pix_fmt", pixels, *options, f"file:{path}"]
+        self.encoder = subprocess.Popen(command, stdin=subprocess.PIPE,
+                                        start_new_session=True)  # Ctrl-C is for us alone
 
     def write_header(self):
         self.npy.seek(0)
@@ -164,7 +167,7 @@ class VideoWriter:
         if self.npy:
             self.npy.write(frame.tobytes())
         else:
-            self.encoder.send(frame.repeat(self.scale, 0).repeat(self.scale, 1).tobytes())
+            self.encoder.stdin.write(frame.repeat(self.scale, 0).repeat(self.scale, 1).tobytes())
         self.count += 1
 
     def close(self):
@@ -172,7 +175,9 @@ class VideoWriter:
             self.write_header()  # now that the number of frames is known
             self.npy.close()
         else:
-            self.encoder.close()
+            self.encoder.communicate()  # ends the pipe, waits
+            if self.encoder.returncode:
+                raise OSError("ffmpeg could not write the video (it says why above)")
 
 
 def find_device(name):
@@ -181,7 +186,7 @@ def find_device(name):
     name = name or ("cuda" if cuda else "mps" if mps else "cpu")
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         fail(f"--device {name}: there is none on this machine")
     return name
 
@@ -241,7 +246,8 @@ def load_inputs(args, config, stride):
     """-> context (batch, context_frames, C, H, W) or None, actions (batch, frames, A) or None."""
     clips, wanted, context = args.context, args.context_frames, None
     if clips:
-        frames = [read_clip(c, config.height, config.width)[::stride][:wanted] for c in clips]
+        span = (wanted - 1) * stride + 1
+        frames = [read_clip(c, config.height, config.width, span)[::stride] for c in clips]
         for clip, f in zip(clips, frames):
             if len(f) < wanted:
                 raise ValueError(f"{clip} has {len(f)} frames; --context-frames is {wanted}")
@@ -306,15 +312,14 @@ def main():
 def write(frames, writers):
     """-> seconds that each frame took."""
     seconds, since = [], time.perf_counter()
-    try:
+    with contextlib.ExitStack() as stack:  # closes all, whatever happens
+        for writer in writers:
+            stack.callback(writer.close)
         for frame in frames:
             for writer, image in zip(writers, to_bytes(frame)):
                 writer.write(image)
             seconds.append(time.perf_counter() - since)
             since += seconds[-1]
-    finally:
-        for writer in writers:
-            writer.close()
     return seconds
 
 
@@ -332,4 +337,7 @@ def show_schedule(args):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped")

@@ -10,15 +10,17 @@
     python train.py --resume          goes on where an interrupted run stopped
 
 Beside --out model.pt it writes model.resume.pt (what --resume needs), model.csv (the log),
-model.preview.mp4 (real clips above, rollouts of twice their length from the same first frames
-below) and, at the end, model.rollout.mp4 (the same for 256 frames). Losses in the log: of training
-(loss / exp(u) + u: soon below zero); then, plain, of held-out clips in three bands of noise.
+model.preview.mp4 (real clips above, rollouts from their first frames below, both twice as long as
+a training clip) and, at the end, model.rollout.mp4 (the same for 256 frames). Losses in the log:
+of training (loss / exp(u) + u: soon below zero); then, plain, of held-out clips in three bands of
+noise.
 """
 
 import argparse
 import copy
 import dataclasses
 import datetime
+import glob
 import hashlib
 import math
 import os
@@ -27,6 +29,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +42,13 @@ from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, diffusi
                                load_checkpoint, rollout, sample_noise_levels, save_checkpoint,
                                scheduling_matrix)
 from sample import (SOLVER, STEPS, VideoWriter, explain, fail, find_device, list_images,
-                    peak_memory, positive, positive_float, read_actions, read_clip, side_file,
-                    to_bytes, to_frames)
+                    load_npy, peak_memory, positive, positive_float, read_actions, read_clip,
+                    side_file, to_bytes, to_frames)
 
 RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 DEFAULTS = dict(data=None, clip_frames=16, stride=1, temporal="attention", forcing="diffusion",
                 context_noise=0.05, seed=0, val=0.1, accumulate=WORLD,
-                cache=str(Path.home() / ".cache" / "diffusion_forcing"))
+                cache=os.path.expanduser("~/.cache/diffusion_forcing"))
 PRESETS = {  # small: for anything, and for the balls. base: some tens of millions, for a GPU.
     "small": dict(size=32, batch=2, lr=3e-3, warmup=100, ema=0.995, steps=None, minutes=8.0,
                   dim=32, dim_mults=(1, 2), fast=False, save_minutes=2),
@@ -59,7 +62,7 @@ SUITS = {  # what each paradigm changes in Config, chosen by rollouts
 }
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
 NO_CLIPS = (".actions.npy", ".preview.mp4", ".rollout.mp4")  # the last two are our own
-FREE = ("steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # on --resume
+FREE = ("data", "steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # on --resume
 CONTEXT = 4  # real frames that a preview goes on from
 RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
 BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
@@ -124,12 +127,12 @@ class Clips:
             fail(f"--data {folder}: there is no such folder")
         files, skipped = find_clips(folder), []
         if files:
-            print(f"{len(files)} clips are decoded to {size}x{size} into {cache}, once "
+            print(f"{len(files)} clips, each decoded once to {size}x{size} in {cache} "
                   f"({3 * size**2 / 1e3:.0f} MB for 1000 frames)")
         for file in tqdm(files, unit=" clips", desc="clips", disable=RANK > 0):
             try:
                 path, side = cached_clip(file, size, cache), side_file(file)
-                clip = np.load(path, mmap_mode="r", allow_pickle=False)
+                clip = load_npy(path, 4, mmap_mode="r")
                 if len(clip) < self.need:
                     raise ValueError(f"{file}: {len(clip)} frames; {self.need} are needed")
                 rows = read_actions(side, stride) if side.exists() else None
@@ -180,9 +183,8 @@ class Clips:
 def find_clips(folder):
     """Videos, .npy files and folders of images at any depth, hidden ones left out, in order."""
     found = []
-    for path in [Path(folder), *sorted(Path(folder).rglob("*"))]:
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
+    pattern = os.path.join(glob.escape(str(folder)), "**")  # unlike Path's, follows links to folders
+    for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
         if path.is_dir():
             found += [path] * (len(list_images(path)) > 1)
         elif path.suffix.lower() in (*VIDEOS, ".npy") and not path.name.endswith(NO_CLIPS):
@@ -198,10 +200,15 @@ def cached_clip(file, size, cache):
     path = cache / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".npy")
     if not path.exists():
         clip, aside = read_clip(file, size, size), path.with_suffix(f".{os.getpid()}.tmp")
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as f:
-            np.save(f, clip)
-        os.replace(aside, path)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as f:
+                np.save(f, clip)
+            os.replace(aside, path)
+        except OSError:
+            fail(f"--cache {cache}: {path.name} cannot be written (is the disk full?)")
+        finally:
+            aside.unlink(missing_ok=True)
     return path
 
 
@@ -364,7 +371,8 @@ def build(s, data, saved):
     run.bfloat16 = s.fast and on_cuda and torch.cuda.get_device_capability(s.device) >= (8, 0)
     if s.fast and not run.bfloat16:
         print(f"no bfloat16 on {s.device}: training in float32")
-    compiled = s.fast and on_cuda and not s.no_compile
+    compiled = (s.fast and on_cuda and not s.no_compile and sys.platform != "win32"  # no Triton
+                and s.temporal == "attention")  # a graph ends at every GRU
     run.network = torch.compile(run.model) if compiled else run.model
     if WORLD > 1:
         run.network, run.expected_loss = map(DistributedDataParallel,
@@ -453,11 +461,10 @@ def preview(name, model, data, num_frames, s, columns=4):
                      solver=SOLVER)
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
     try:
-        video = VideoWriter(path, height, width, scale=-(-256 // height))
-        for above, below in zip(real.swapaxes(0, 1), bar):
-            rows = [np.concatenate(row, 1) for row in (above, to_bytes(below))]
-            video.write(np.concatenate(rows))
-        video.close()
+        with closing(VideoWriter(path, height, width, scale=-(-256 // height))) as video:
+            for above, below in zip(real.swapaxes(0, 1), bar):
+                rows = [np.concatenate(row, 1) for row in (above, to_bytes(below))]
+                video.write(np.concatenate(rows))
     except OSError as error:  # no reason to end a training
         print(f"{path} could not be written: {error}")
     return path
