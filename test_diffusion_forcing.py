@@ -1486,6 +1486,9 @@ def test_a_cache_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, caps
         train.Clips(tmp_path, 4, 16, 1, tmp_path / "cache", 0)
     assert f"--cache {tmp_path / 'cache'}" in capsys.readouterr().err, "it is not the clip that is to blame"
     assert not os.listdir(tmp_path / "cache"), "half a file is left behind"
+    with pytest.raises(SystemExit):
+        train.Clips(tmp_path, 4, 16, 1, tmp_path / "a.npy", 0)
+    assert f"--cache {tmp_path / 'a.npy'}" in capsys.readouterr().err, "a file is no folder"
 
 
 @pytest.mark.cli

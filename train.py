@@ -62,7 +62,8 @@ SUITS = {  # what each paradigm changes in Config, chosen by rollouts
 }
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
 NO_CLIPS = (".actions.npy", ".preview.mp4", ".rollout.mp4")  # the last two are our own
-FREE = ("data", "steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")  # on --resume
+# What may change on --resume:
+FREE = ("data", "steps", "minutes", "lr", "accumulate", "device", "cache", "no_compile")
 CONTEXT = 4  # real frames that a preview goes on from
 RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
 BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
@@ -183,7 +184,7 @@ class Clips:
 def find_clips(folder):
     """Videos, .npy files and folders of images at any depth, hidden ones left out, in order."""
     found = []
-    pattern = os.path.join(glob.escape(str(folder)), "**")  # unlike Path's, follows links to folders
+    pattern = os.path.join(glob.escape(str(folder)), "**")  # unlike Path's, follows links
     for path in sorted(map(Path, glob.glob(pattern, recursive=True))):
         if path.is_dir():
             found += [path] * (len(list_images(path)) > 1)
@@ -208,7 +209,8 @@ def cached_clip(file, size, cache):
         except OSError:
             fail(f"--cache {cache}: {path.name} cannot be written (is the disk full?)")
         finally:
-            aside.unlink(missing_ok=True)
+            if aside.exists():
+                aside.unlink()
     return path
 
 
