@@ -4,7 +4,7 @@
 # ///
 """Rolls a trained model out, far beyond its training length, and writes the video as it grows.
 
-    python sample.py --ckpt assets/balls.pt --frames 256                        from nothing
+    python sample.py --ckpt assets/balls.pt --frames 256 --steps 8              from nothing
     python sample.py --ckpt model.pt --frames 256 --context clip.mp4            going on from a clip
     python sample.py --show-schedule --schedule pyramid --uncertainty 2         the matrix, as text
 """

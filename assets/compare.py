@@ -1,12 +1,12 @@
 """Measures what README claims, on the bouncing balls.
 
     python assets/compare.py --minutes 4 --jobs 2        trains every paradigm for the same time, a
-        core each, rolls it out to 1, 4 and 16 times the training length and prints a table
+        core each on clips of 16 frames, rolls out 16, 64 and 256 and prints a table
     python assets/compare.py --ckpt assets/balls.pt      rolls one model out in many ways
     python assets/compare.py --slow                      balls that hardly move: how far they get
 
 What it trains and rolls out is kept in --out, and not made again. So is strip.png: frames 0, 17 ...
-255 of a rollout, for every row that is 16 times as long as a training clip.
+255 of a rollout, for every row of 256.
 """
 
 import argparse
@@ -41,10 +41,11 @@ RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
 WAYS = [  # to roll out --ckpt: steps, solvers; pyramids of 3, 3 and 6 network calls a frame; memory
     "--steps 3", "--steps 4", "", "--steps 10", "--solver euler --steps 4", "--solver euler",
     "--solver euler --steps 10",
-    "--schedule pyramid --uncertainty 1 --steps 33",  # calls: (S + 15 u) / 16, but of more frames
-    "--schedule pyramid --uncertainty 2 --steps 18",
-    "--schedule pyramid --uncertainty 5 --steps 21",
-    *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5)), FROM_NOTHING]
+    "--schedule pyramid --tile 16 --uncertainty 1 --steps 33",  # calls: (S + 15 u) / 16, of more
+    "--schedule pyramid --tile 16 --uncertainty 2 --steps 18",  # frames each
+    "--schedule pyramid --tile 16 --uncertainty 5 --steps 21",
+    *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5)), FROM_NOTHING,
+    f"--steps 8 {FROM_NOTHING}"]
 CLIPS, LENGTHS = 8, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 
@@ -177,7 +178,7 @@ def slow(args):
 def print_table(rows, real):
     """rows: {(options of train.py, of sample.py): clips of every seed}. What was given to go on
     from does not count."""
-    print("|", " | ".join(("train.py", "sample.py", "length", *COLUMNS)), "|")
+    print("|", " | ".join(("train.py", "sample.py", "frames", *COLUMNS)), "|")
     print("|-|-|-|" + "-|" * len(COLUMNS))
     speeds = [true_speed(clip) for clip in real]
     for (name, way), seeds in rows.items():
@@ -187,7 +188,7 @@ def print_table(rows, real):
                              for x in seeds])
             figures = [f"{each[:, i].mean():.{n}f}" + (f" ± {each[:, i].std(ddof=1):.{n}f}"
                        if len(seeds) > 1 else "") for i, n in enumerate((3, 3, 3, 3, 0))]
-            what = (name or "(default)", way or "(default)", f"{length // LENGTHS[0]}x")
+            what = (name or "(default)", way or "(default)", str(length))
             print("|", " | ".join((*what, *figures)), "|")
 
 
