@@ -45,7 +45,7 @@ WAYS = [  # to roll out --ckpt: steps, solvers; pyramids of 3, 3 and 6 network c
     "--schedule pyramid --tile 16 --uncertainty 2 --steps 18",  # frames each
     "--schedule pyramid --tile 16 --uncertainty 5 --steps 21",
     *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5)), FROM_NOTHING,
-    f"--steps 8 {FROM_NOTHING}"]
+    "--steps 8 --context-noise 0.02", f"--steps 8 --context-noise 0.02 {FROM_NOTHING}"]
 CLIPS, LENGTHS = 8, (16, 64, 256)
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 
