@@ -43,7 +43,9 @@ Read on from top to bottom: the method comes first, the network after it.
 
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -680,18 +682,25 @@ def zero(layer):
 # 10. Checkpoints: written aside, then renamed. Whoever dies meanwhile, the file at `path` is whole.
 
 
+@contextmanager
+def aside(path):
+    """-> a path to write to. It takes the place of `path` at the end, or goes if anything fails."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_checkpoint(path, config, weights, **extra):
     """Writes config, weights (a state dict) and any extra tensors, numbers, strings and dicts.
     Raises OSError, and leaves what was there before."""
-    aside = f"{path}.{os.getpid()}.tmp"
     try:
-        torch.save({"config": asdict(config), "weights": weights, **extra}, aside)
-        os.replace(aside, path)
+        with aside(path) as temporary:
+            torch.save({"config": asdict(config), "weights": weights, **extra}, temporary)
     except RuntimeError as error:  # what torch makes of a full disk or a lost folder
         raise OSError(f"{path} cannot be written (is the disk full?)") from error
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
 
 
 def load_checkpoint(path, device="cpu"):

@@ -31,6 +31,7 @@ CODECS = {  # suffix: codec, pixel format, options
     ".webm": ("libvpx-vp9", "yuv420p", ["-crf", "20", "-b:v", "0"]),
     ".gif": ("gif", "pal8", ["-vf", PALETTE]),
 }
+RAW = ("-f", "rawvideo", "-pix_fmt", "rgb24")  # frames as bytes, into ffmpeg or out of it
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # What a file may be, whatever its name: no playlist, no script, nothing that opens other files.
 DEMUXERS = "mov,matroska,avi,gif,png_pipe,jpeg_pipe,mjpeg,bmp_pipe,webp_pipe"
@@ -44,10 +45,10 @@ def fail(message):
 
 def explain(error):
     """One line on what a user can mend: files, disks, memory. Other errors are ours: raised."""
-    if isinstance(error, OSError):
-        first = str(error).split("\n")[0]  # ffmpeg's are long
-        return f"{error.filename}: {error.strerror}" if error.filename else first
-    if isinstance(error, (ValueError, FloatingPointError)) or "ffmpeg" in str(error):
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    told = isinstance(error, (OSError, ValueError, FloatingPointError))
+    if told or "ffmpeg" in str(error):  # a RuntimeError, where there is no ffmpeg
         return str(error)
     short = re.search("out of memory|not enough memory|allocate memory", str(error))
     if not short and not isinstance(error, MemoryError):
@@ -98,7 +99,7 @@ def read_clip(path, height, width, limit=None):
             raise ValueError(f"{path}: {clip.dtype} {clip.shape}; (T, H, W, 3) of uint8, or of "
                              "floats in 0..1 (no NaN), is needed")
         size = f"{clip.shape[2]}x{clip.shape[1]}"
-        source, url = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size], "pipe:"
+        source, url = [*RAW, "-s", size], "pipe:"
         data = np.ascontiguousarray(clip).reshape(-1).data  # flat: pipes count in bytes
     elif path.is_dir():
         images = list_images(path)[:limit]
@@ -106,8 +107,7 @@ def read_clip(path, height, width, limit=None):
     fit = f"{width}:{height}:force_original_aspect_ratio=increase:flags=area,crop={width}:{height}"
     first = ["-frames:v", str(limit)] if limit else []
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, "-i", url, *first,
-               "-vf", f"scale={fit}", "-fps_mode", "passthrough",
-               "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+               "-vf", f"scale={fit}", "-fps_mode", "passthrough", *RAW, "-"]
     done = subprocess.run(command, input=data or b"", capture_output=True)
     num_frames = len(done.stdout) // (height * width * 3)
     if num_frames == 0:
@@ -152,9 +152,10 @@ class VideoWriter:
         if self.npy:
             return self.write_header()
         codec, pixels, options = CODECS[suffix]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo",
-                   "-pix_fmt", "rgb24", "-s", f"{width * scale}x{height * scale}", "-r", str(fps),
-                   "-i", "pipe:", "-c:v", codec, "-pix_fmt", pixels, *options, f"file:{path}"]
+        size = f"{width * scale}x{height * scale}"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *RAW, "-s", size,
+                   "-r", str(fps), "-i", "pipe:", "-c:v", codec, "-pix_fmt", pixels, *options,
+                   f"file:{path}"]
         self.encoder = subprocess.Popen(command, stdin=subprocess.PIPE,
                                         start_new_session=True)  # Ctrl-C is for us alone
 

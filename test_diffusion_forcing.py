@@ -1452,15 +1452,23 @@ def test_a_run_goes_on_when_its_clips_have_moved(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path, *"--data clips --cache cache --steps 1".split())
     (tmp_path / "clips").rename(tmp_path / "moved")
     train_here(monkeypatch, tmp_path, *"--data moved --cache cache --steps 2 --resume".split())
-    assert df.load_checkpoint(tmp_path / "model.pt")[1]["step"] == 2
+    assert df.load_checkpoint(tmp_path / "model.pt")[1]["step"] == 2, "the folder's name is no part of the run"
+
+
+@pytest.mark.cli
+def test_links_to_folders_are_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    np.save(tmp_path / "real" / "a.npy", balls(1, 4)[0])
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "link").symlink_to(tmp_path / "real")
+    found = train.find_clips(tmp_path / "clips")
+    assert found == [tmp_path / "clips" / "link" / "a.npy"], "data sets are made of links"
 
 
 @pytest.mark.cli
 def test_the_cache_knows_what_a_clip_was_made_from(tmp_path, capsys):
-    clip, rng = tmp_path / "real" / "a.npy", np.random.default_rng(0)
-    for folder in ("real", "clips"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "clips" / "link").symlink_to(tmp_path / "real")  # data sets are made of links
+    clip, rng = tmp_path / "clips" / "a.npy", np.random.default_rng(0)
+    clip.parent.mkdir()
     read = lambda size: train.Clips(tmp_path / "clips", 4, size, 1, tmp_path / "cache", 0).batch(rng, 1)[0]
     np.save(clip, np.full((4, 16, 16, 3), 10, np.uint8))
     assert read(16).shape == (1, 4, 16, 16, 3) and read(8).shape == (1, 4, 8, 8, 3), "one size taken for the other"

@@ -38,9 +38,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, diffusion_forcing_loss,
-                               load_checkpoint, rollout, sample_noise_levels, save_checkpoint,
-                               scheduling_matrix)
+from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, aside,
+                               diffusion_forcing_loss, load_checkpoint, rollout,
+                               sample_noise_levels, save_checkpoint, scheduling_matrix)
 from sample import (SOLVER, STEPS, VideoWriter, explain, fail, find_device, list_images,
                     load_npy, peak_memory, positive, positive_float, read_actions, read_clip,
                     side_file, to_bytes, to_frames)
@@ -200,17 +200,13 @@ def cached_clip(file, size, cache):
     key = f"{about} {size}"
     path = cache / (hashlib.sha256(key.encode()).hexdigest()[:24] + ".npy")
     if not path.exists():
-        clip, aside = read_clip(file, size, size), path.with_suffix(f".{os.getpid()}.tmp")
+        clip = read_clip(file, size, size)
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with open(aside, "wb") as f:
+            with aside(path) as temporary, open(temporary, "wb") as f:
                 np.save(f, clip)
-            os.replace(aside, path)
         except OSError:
             fail(f"--cache {cache}: {path.name} cannot be written (is the disk full?)")
-        finally:
-            if aside.exists():
-                aside.unlink()
     return path
 
 
@@ -292,7 +288,7 @@ def parse_args():
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--cache", help="folder of decoded clips (default: ~/.cache/diffusion_forcing)")
     add("--no-compile", action="store_true", default=None,
-        help="do not compile the network (default: base on CUDA is compiled)")
+        help="do not compile the network (default: base on CUDA is compiled, if of attention)")
     add("--resume", action="store_true", help="go on from --out's .resume.pt (default: start)")
     add("--overwrite", action="store_true", help="replace --out if it exists (default: do not)")
     return p.parse_args()
@@ -499,10 +495,9 @@ def open_log(path, s, step):
     """The log, cut to the steps that the checkpoint knows of."""
     rows = path.read_text().splitlines(True) if s.resume and path.exists() else []
     rows = [r for r in rows[1:] if r.endswith("\n") and int(r.split(",")[0]) <= step]
-    aside = path.with_suffix(".csv.tmp")
     names = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
-    aside.write_text(names + "".join(rows))
-    os.replace(aside, path)
+    with aside(path) as temporary:
+        temporary.write_text(names + "".join(rows))
     return open(path, "a")
 
 

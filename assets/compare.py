@@ -41,8 +41,9 @@ RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
 WAYS = [  # to roll out --ckpt: steps, solvers; pyramids of 3, 3 and 6 network calls a frame; memory
     "--steps 3", "--steps 4", "", "--steps 10", "--solver euler --steps 4", "--solver euler",
     "--solver euler --steps 10",
-    "--schedule pyramid --tile 16 --uncertainty 1 --steps 33",  # calls: (S + 15 u) / 16, of more
-    "--schedule pyramid --tile 16 --uncertainty 2 --steps 18",  # frames each
+    # calls: (S + 15 u) / 16, but of more frames
+    "--schedule pyramid --tile 16 --uncertainty 1 --steps 33",
+    "--schedule pyramid --tile 16 --uncertainty 2 --steps 18",
     "--schedule pyramid --tile 16 --uncertainty 5 --steps 21",
     *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5)), FROM_NOTHING,
     "--steps 8 --context-noise 0.02", f"--steps 8 --context-noise 0.02 {FROM_NOTHING}"]
