@@ -242,9 +242,10 @@ def test_history_of_teacher_forcing_carries_the_noise_it_says():
         seen["history"] = history
         return x, None
 
-    config, x = tiny(context_noise=0.1), torch.zeros(16, 4, 3, 8, 8)
-    for level, options in ((0.1, {}), (0.4, dict(history_noise=0.4))):
-        df.diffusion_forcing_loss(model, x, config, forcing="teacher", **options)
+    x = torch.zeros(16, 4, 3, 8, 8)
+    for level in (0.1, 0.4):
+        config = tiny(context_noise=level)
+        df.diffusion_forcing_loss(model, x, config, forcing="teacher")
         frames, label = seen["history"]
         assert torch.allclose(label, torch.tensor(level * units(config))), "label of the history in frame units"
         ratio = float((frames - x).std() / label[0, 0])
@@ -311,9 +312,9 @@ def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
     weighed = loss(expected_loss=lambda *levels: told.append(levels) or u)
     each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))  # the spy says 0
     assert all(torch.equal(s, sigma) for s in told[0]), "what is to be expected depends on the noise that the frames have"
-    loss(forcing="teacher", history_noise=0.4, expected_loss=lambda *levels: told.append(levels) or u)
-    assert torch.equal(told[1][0], sigma), "teacher: its own level, as ever,"
-    assert (told[1][1] == 0.4 * units(spy.config)).all(), "and a past as clean as it is seen"
+    loss(forcing="teacher", expected_loss=lambda *levels: told.append(levels) or u)
+    assert torch.equal(told[1][0], sigma), "teacher: its own sigma, as ever,"
+    assert (told[1][1] == spy.config.context_noise * units(spy.config)).all(), "and a past as clean as it is seen"
     assert loss() == pytest.approx(float(each.mean())), "without an ExpectedLoss nothing changes"
     assert weighed == pytest.approx(float((each / u.exp() + u).mean())), "loss / exp(u) + u, frame by frame"
 
@@ -358,6 +359,23 @@ def test_both_streams_of_teacher_forcing_know_the_actions():
     _, state = model(past[:, :2], sigma[:, :2], actions=actions[:, :2])
     alone, _ = model(x[:, 2:], sigma[:, 2:], state, actions=actions[:, 2:], commit=0)
     assert torch.allclose(together[:, 2], alone[:, 0], atol=1e-5), "clean and noisy frame t have the same action"
+
+
+@pytest.mark.loss
+def test_a_sigma_that_has_no_logarithm_is_refused():
+    model, x = random_denoiser(), torch.randn(1, 2, 3, 8, 8)
+    for what, sigma in (("a sigma of 0", torch.tensor([[1.0, 0.0]])), ("a sigma below 0", -torch.ones(1, 2)),
+                        ("one sigma for two frames", torch.ones(1, 1))):
+        refused(what, df.diffusion_forcing_loss, Spy(), x, tiny(), sigma=sigma)
+    refused("a sigma of 0", model, x, torch.zeros(1, 2))
+
+
+@pytest.mark.loss
+def test_actions_that_do_not_fit_are_refused():
+    x, sigma = torch.randn(2, 3, 3, 8, 8), torch.ones(2, 3)
+    for what, shape in (("actions of one clip for two", (1, 3, 2)), ("2 rows for 3 frames", (2, 2, 2)), ("3 numbers, not 2", (2, 3, 3))):
+        refused(what, random_denoiser(action_dim=2), x, sigma, actions=torch.ones(shape))
+    refused("actions for a model without", random_denoiser(), x, sigma, actions=torch.ones(2, 3, 2))
 
 
 @pytest.mark.loss
@@ -508,6 +526,103 @@ def test_a_finished_frame_is_shown_with_the_same_noise_in_every_call():
     assert len(shown) == 2 and torch.equal(shown[0], shown[1]), "one draw of context noise a frame, not one a call"
 
 
+@pytest.mark.schedule
+@pytest.mark.parametrize("period", [3, 2.5, 6, 7.25])
+@pytest.mark.parametrize("kind,u,T", [("pyramid", 1.5, 4), ("autoregressive", 0, 1), ("full_sequence", 0, 3)])
+def test_the_endless_matrix_is_copies_laid_along_time(kind, u, T, period):
+    """Against a slow loop: a wide sheet of S, on which each copy is laid, with zeros below its end."""
+    K, copies = df.scheduling_matrix(kind, T, 4, u).tolist(), 5
+    height = math.floor(4 * period) + len(K) + 2
+    sheet = [[4] * (copies * T) for _ in range(height)]
+    for j in range(copies):
+        top = math.floor(j * period)
+        for row in range(top, height):
+            sheet[row][j * T : (j + 1) * T] = K[row - top] if row - top < len(K) else [0] * T
+    found = [[df.endless_level(K, period, row, t) for t in range(copies * T)] for row in range(height)]
+    assert found == sheet, "copy j starts floor(j period) rows after copy 0; before that it is S, after its end 0"
+    assert df.endless_level(K, period, 0, -1) == 0, "the context is clean in every row"
+
+
+@pytest.mark.schedule
+@pytest.mark.parametrize("u", [1, 2, 0.3, 0.7, 2.6, 5, math.pi])
+def test_one_column_with_period_u_is_the_pyramid_bit_for_bit(u):
+    long, column = df.scheduling_matrix("pyramid", 60, 5, u), df.scheduling_matrix("pyramid", 1, 5).tolist()
+    assert [[df.endless_level(column, u, row, t) for t in range(60)] for row in range(len(long))] == long.tolist(), \
+        "an endless pyramid is one column with period u (0.3 * 10 is 3: Python's floats, on both sides)"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("u", [1, 0.7, 2.5])
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_an_endless_pyramid_is_one_long_pyramid(temporal, u):
+    model, context = random_denoiser(temporal=temporal), torch.randn(2, 2, 3, 8, 8)
+
+    def run(K, **options):
+        frames = df.rollout(model, K, 22, context, generator=torch.Generator().manual_seed(5), **options)
+        return torch.stack(list(frames), 1)
+
+    long = run(df.scheduling_matrix("pyramid", 20, 4, u))
+    assert torch.equal(run(df.scheduling_matrix("pyramid", 1, 4), period=u), long), "the same numbers, bit for bit"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("u", [1, 2, 2.5])
+def test_an_endless_pyramid_costs_u_calls_a_frame_and_never_drains(u):
+    spy, frames = Spy(), 200
+    list(df.rollout(spy, df.scheduling_matrix("pyramid", 1, 5), frames, period=u))
+    assert len(spy.calls) == 5 + math.floor(u * (frames - 1)), "S calls for the first frame, u for each other one"
+    widths = [len([s for s in call["sigma"][0, call["commit"]:]]) for call in spy.calls[20:-20]]
+    assert min(widths) >= math.floor(5 / u) and max(widths) <= math.ceil(5 / u), "S / u frames are in flight, always"
+
+
+@pytest.mark.sampler
+def test_a_rollout_without_an_end_goes_on():
+    spy = Spy(lambda x, sigma: 0.9 * x)
+    endless = df.rollout(spy, df.scheduling_matrix("pyramid", 1, 4), None, period=2, generator=torch.Generator().manual_seed(5))
+    first = torch.stack([next(endless) for _ in range(40)], 1)
+    whole = df.rollout(spy, df.scheduling_matrix("pyramid", 1, 4), 40, period=2, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(first, torch.stack(list(whole), 1)), "num_frames=None: the same frames, for ever"
+    with_actions = df.rollout(Spy(action_dim=1), df.scheduling_matrix("autoregressive", 1, 2), None, actions=torch.ones(1, 7, 1))
+    assert len(list(with_actions)) == 7, "it ends where its actions end"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_the_thousandth_frame_costs_what_the_hundredth_does(temporal):
+    model, calls, state_bytes = random_denoiser(temporal=temporal), [], []
+
+    class Counted(torch.nn.Module):
+        config = model.config
+
+        def forward(self, x, sigma, state=None, **options):
+            D, new = model(x, sigma, state, **options)
+            calls.append(x.shape[1])
+            state_bytes.append(sum(t.untyped_storage().nbytes() for t in flat(new)) if new else 0)
+            return D, new
+
+    list(df.rollout(Counted(), df.scheduling_matrix("pyramid", 1, 3), 1000, period=1.5))
+    assert max(calls[1400:]) == max(calls[100:200]) <= 4, "x grows: finished frames must leave it"
+    assert max(state_bytes[1400:]) == max(state_bytes[100:200]), "the state grows"
+
+
+@pytest.mark.sampler
+def test_a_model_that_sees_both_ways_has_all_frames_in_every_call():
+    spy = Spy(lambda x, sigma: 0.9 * x, causal=False, window=5)
+    context = torch.randn(1, 2, 3, 8, 8)
+    out = df.sample(spy, df.scheduling_matrix("autoregressive", 3, 2), context)
+    sigmas, told = df.karras_sigmas(2, spy.config), spy.config.context_noise * units(spy.config)
+    assert all(call["commit"] == 0 and call["state"] is None for call in spy.calls), "past frames listen: none is put away"
+    assert all(call["x"].shape[1] == 5 for call in spy.calls), "context, and frames that have not started, are in each call"
+    first = spy.calls[0]["sigma"][0].tolist()
+    assert first == pytest.approx([told, told] + 3 * [float(sigmas[2])]), "context noise, and sigma_max for what has not started"
+    assert torch.equal(out[:, :2], context), "the context comes out as it went in"
+    K = df.scheduling_matrix("full_sequence", 3, 2)
+    for what, matrix, frames, options in (
+        ("a second copy of the matrix", K, 4, {}), ("frames beyond the window", df.scheduling_matrix("full_sequence", 6, 2), 6, {}),
+        ("a rollout without an end", K, None, {}), ("a context that leaves the window", K, 6, dict(context=context[:, [0, 0, 0]]))):
+        refused(what, df.rollout, spy, matrix, frames, **options)
+
+
 @pytest.mark.sampler
 @pytest.mark.parametrize("context", [0, 1, 3])
 @pytest.mark.parametrize("kind,u,tile", [("autoregressive", 0, 1), ("pyramid", 1.5, 4), ("full_sequence", 0, 3)])
@@ -554,7 +669,8 @@ def test_sample_is_the_context_and_then_the_matrix_once():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_rollout_keeps_its_type(dtype):
     spy, actions = Spy(lambda x, sigma: 0.9 * x, action_dim=1), torch.ones(1, 2, 1)
-    out = df.sample(spy, df.scheduling_matrix("pyramid", 2, 2), actions=actions, dtype=dtype, solver="multistep")
+    nothing = torch.empty(1, 0, 3, 8, 8, dtype=dtype)
+    out = df.sample(spy, df.scheduling_matrix("pyramid", 2, 2), nothing, actions=actions)
     types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
     assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
 
@@ -637,10 +753,10 @@ def test_a_frame_is_given_out_as_soon_as_it_is_finished():
 
 
 @pytest.mark.sampler
-def test_only_finished_frames_without_unfinished_ones_before_them_enter_the_state():
-    spy = Spy(causal=False)  # whoever sees both ways may finish the last frame first
-    df.sample(spy, torch.tensor([[2, 2], [2, 1], [2, 0], [1, 0], [0, 0]]))
-    assert all(call["commit"] == 0 for call in spy.calls), "a frame in flight entered the state: count zeros in front only"
+def test_finished_frames_enter_the_state_once():
+    spy = Spy()
+    df.sample(spy, torch.tensor([[2, 2, 2], [1, 1, 2], [0, 0, 2], [0, 0, 1], [0, 0, 0]]))
+    assert [call["commit"] for call in spy.calls] == [0, 0, 2, 0], "finished frames enter with the next step, once"
 
 
 class JointGaussian:
@@ -648,7 +764,7 @@ class JointGaussian:
 
     def __init__(self, C, **options):
         self.C, self.config = C, tiny(height=1, width=1, channels=1, patch=1, dim_mults=(1,), data_mean=(),
-                                      sigma_data=0.5, context_noise=1e-4, sigma_min=0.002, **options)
+                                      sigma_data=0.5, context_noise=1e-4, sigma_min=0.002, window=len(C), **options)
 
     def __call__(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
         y, s = x.flatten(2).squeeze(-1).double(), sigma.double()
@@ -707,8 +823,8 @@ def test_euler_is_of_first_order_and_multistep_of_second(solver, order):
             seen.append((x.double().item(), sigma.item()))
             return original(model, x, sigma, *args, **options)
 
-        list(df.rollout(spy, df.scheduling_matrix("full_sequence", 1, S), 1, config=model.config, solver=solver,
-                        dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        list(df.rollout(spy, df.scheduling_matrix("full_sequence", 1, S), 1, torch.empty(1, 0, 1, 1, 1, dtype=torch.float64),
+                        config=model.config, solver=solver, generator=torch.Generator().manual_seed(0)))
         start = seen[0][0]
         end = next(x for x, sigma in reversed(seen) if abs(sigma - float(s[1])) < 1e-6)
         exact = start * math.sqrt((0.25 + float(s[1]) ** 2) / (0.25 + float(s[S]) ** 2))
@@ -738,9 +854,9 @@ def multistep_by_hand(x, sigmas, D):
 def test_multistep_keeps_the_last_step_of_every_frame_apart(K):
     """Frames on different rows, levels held and skipped: each frame goes as it would alone."""
     spy = Spy(lambda x, sigma: torch.tanh(x) / (1 + sigma[..., None, None, None]))  # of each frame by itself
-    generator = torch.Generator().manual_seed(0)
-    out = df.sample(spy, K, solver="multistep", dtype=torch.float64, generator=generator)
-    start = df.sample(Spy(lambda x, sigma: x), K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    nothing = torch.empty(1, 0, 3, 8, 8, dtype=torch.float64)
+    out = df.sample(spy, K, nothing, solver="multistep", generator=torch.Generator().manual_seed(0))
+    start = df.sample(Spy(lambda x, sigma: x), K, nothing, generator=torch.Generator().manual_seed(0))
     s = df.karras_sigmas(5, spy.config).double()
     for t in range(K.shape[1]):
         levels = [int(k) for k in torch.unique_consecutive(K[:, t])]
@@ -760,11 +876,27 @@ def test_rollout_refuses_what_it_cannot_do():
         ("a rollout of no frame", K, dict(num_frames=0)), ("an unknown solver", K, dict(solver="rk45")),
         ("4 frames with 3 rows of actions", K, dict(actions=torch.zeros(1, 3, 2))),
         ("1 number a frame where 2 are needed", K, dict(actions=torch.zeros(1, 4, 1))),
+        ("actions of two clips for one", K, dict(actions=torch.zeros(2, 4, 2))),
+        ("actions of one axis", K, dict(actions=torch.zeros(4))), ("no clip", K, dict(batch_size=0)),
+        ("an empty matrix", K[:0], {}), ("a matrix without a frame", K[:, :0], {}), ("a matrix of floats", K.float(), {}),
+        ("a matrix of one axis", K[0], {}), ("levels below 0", K - 1, {}),
+        ("a period of 0", K, dict(period=0)), ("an endless period", K, dict(period=math.inf)),
+        ("a period that makes a frame cleaner than one of the copy before", K, dict(period=1.9)),
         ("context of another size", K, dict(context=clip[..., :4])),
         ("context of one channel", K, dict(context=clip[:, :, :1])), ("2 frames after 2 of context, 1 in all", K,
                                                                       dict(context=clip, num_frames=1)),
     ]:
         refused(what, df.rollout, spy, wrong, **(dict(num_frames=4) | options))
+    refused("actions for a model without", df.rollout, Spy(), K, 4, actions=torch.zeros(1, 4, 2))
+    df.rollout(spy, K, 4, period=2)  # the last column starts in row 2: the next copy may start there, too
+
+
+@pytest.mark.sampler
+def test_mistakes_are_told_before_the_first_frame_is_asked_for():
+    spy = Spy()
+    refused("an unknown solver", df.rollout, spy, df.scheduling_matrix("autoregressive", 1, 2), 4, solver="rk45")
+    df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 2), 4)
+    assert not spy.calls, "and nothing is computed before it is asked for"
 
 
 # ---- 7. the denoiser: causal, streaming -----------------------------------------------------------------------------
@@ -1066,7 +1198,8 @@ def test_gru_two_streams_step_from_the_state_before():
 @pytest.mark.parametrize("wrong", [dict(height=30), dict(dim=12, head_dim=8), dict(temporal="lstm"), dict(context_noise=0.0),
                                    dict(sigma_min=90.0), dict(causal=False, temporal="gru"), dict(data_mean=(0.0,)),
                                    dict(width=30), dict(dim=24, head_dim=3), dict(window=0), dict(sigma_data=0.0),
-                                   dict(sigma_min=0.0), dict(action_dim=1, action_scale=(0.0,))])
+                                   dict(sigma_min=0.0), dict(action_dim=1, action_scale=(0.0,)), dict(rho=0.0),
+                                   dict(P_std=-1.0), dict(sigma_data=math.nan), dict(dim_mults=()), dict(dim_mults=(0,))])
 def test_configs_that_cannot_work_are_refused(wrong):
     refused(f"a Config with {wrong}", tiny, **wrong)
 
