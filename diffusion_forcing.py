@@ -362,7 +362,8 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
          f"causal model could not use it: take another matrix, or a longer period than {period}")
     longest = min(given + T, config.window)
     need(config.causal or num_frames is not None and num_frames <= longest,
-         f"num_frames is {num_frames}; this two-way model (causal=False) can roll out {longest}")
+         f"num_frames is {num_frames}; a two-way model (causal=False) rolls out one copy of the "
+         f"matrix, within its window: here at most {longest}")
     return roll(model, matrix.tolist(), num_frames, context, period, actions, solver, generator,
                 config)
 

@@ -37,10 +37,13 @@ VIDEO = ["-hide_banner", "-xerror", "-protocol_whitelist", "file", "-format_whit
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of frames that we scale
 
 
+def in_words(error):
+    return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+
+
 def fail(error):
     """A user's mistake: one line, and exit status 2."""
-    named = getattr(error, "filename", None)
-    print("error:", f"{named}: {error.strerror}" if named else error, file=sys.stderr)
+    print("error:", in_words(error), file=sys.stderr)
     sys.exit(2)
 
 
@@ -148,8 +151,8 @@ def read_frames(path, height, width):
             again, quarters = (sum(1 for _ in decode(*how)) for how in
                                (("scale=2:2", *every), ("fps=4,scale=2:2",)))
             if count < again or quarters / 4 < 0.9 * duration - 0.5:
-                raise ValueError(f"{count} frames reach to {quarters / 4} of {duration} seconds: cut "
-                                 "off or damaged (is only its sound longer? then ffmpeg -an helps)")
+                raise ValueError(f"{count} frames, {quarters / 4} of {duration} seconds: cut off or "
+                                 "damaged (is only its sound longer? then ffmpeg -an helps)")
 
 
 def list_images(folder):
@@ -202,7 +205,8 @@ def video_writer(path, height, width, fps=15, scale=None):
             yield lambda frame: frames.append(frame.repeat(scale, 0).repeat(scale, 1))
         finally:
             if frames:
-                iio.imwrite(path, np.stack(frames), plugin="pillow", duration=1000 / fps, loop=0)
+                Path(path).write_bytes(iio.imwrite("<bytes>", np.stack(frames), extension=".gif",
+                                                   duration=1000 / fps, loop=0))
     else:
         codec, options = CODECS[suffix]
         even = f"scale=2*ceil(iw*{scale}/2):2*ceil(ih*{scale}/2):flags=neighbor"
@@ -232,7 +236,7 @@ def parse_args():
     add("--context-frames", type=positive, help="how many of its first frames are given (4)")
     add("--actions", help=".npy (T, A), repeated at its end (the side file of --context)")
     add("--schedule", choices=SCHEDULES, default="autoregressive", help="(%(default)s)")
-    add("--uncertainty", type=positive_float, default=1.0, help="pyramid: each frame starts so many "
+    add("--uncertainty", type=positive_float, default=1.0, help="pyramid: a frame starts so many "
         "steps after the one before it, and costs so many network calls (%(default)s)")
     add("--tile", type=positive, help="full_sequence: frames that come down together (as trained)")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")

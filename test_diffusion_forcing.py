@@ -3,8 +3,9 @@
 Every test compares with something independent: a closed form, a slow loop, or a spy that records what it was given.
 """
 
-import copy
+import contextlib
 import io
+import itertools
 import math
 import os
 import signal
@@ -1271,16 +1272,65 @@ def test_a_checkpoint_can_execute_nothing(tmp_path):
 # ---- train.py and sample.py -----------------------------------------------------------------------------------------
 
 
-def run(script, *words, cwd, code=0):
-    done = subprocess.run([sys.executable, HERE / script, *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == code, f"{script} {words}: exit status {done.returncode}\n{done.stderr[-2000:]}"
-    assert code == 0 or "Traceback" not in done.stderr, f"a traceback for a user's mistake:\n{done.stderr}"
-    return done.stdout if code == 0 else done.stderr
+def here(script, *words, cwd, code=0):
+    """The command `script words` in this process (starting one takes seconds) -> what it wrote to both outputs."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    status, argv = 0, sys.argv
+    try:
+        os.chdir(cwd)
+        sys.argv = [script.__name__ + ".py", *map(str, words)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), sample.mistakes():
+            script.main()
+    except SystemExit as end:
+        status = end.code
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert status == code, f"{script.__name__}.py {words}: exit status {status}\n{out.getvalue()}{err.getvalue()}"
+    return out.getvalue() + err.getvalue()
+
+
+def train_here(monkeypatch, folder, *words, interrupt_at=None, die_at=None, nan_at=None, code=0):
+    """train.py in this process, with small frames and short previews, saving every 20 steps; optionally with Ctrl-C in a
+    step, sudden death instead of saving, or a loss that is no number in a step (counted from the start of this process)."""
+    real_loss, real_save, real_preview, steps = train.diffusion_forcing_loss, train.save_checkpoint, train.preview, []
+
+    def loss(model, x, config, **options):
+        value = real_loss(model, x, config, **options)
+        if options.get("expected_loss") is not None:  # of training, not of validation
+            steps.append(0)
+            if len(steps) == interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+            value = value * (math.nan if len(steps) == nan_at else 1)
+        return value
+
+    def save(path, config, weights, **extra):
+        if extra["step"] == die_at:
+            raise SystemExit("dead")
+        real_save(path, config, weights, **extra)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "diffusion_forcing_loss", loss)
+        m.setattr(train, "save_checkpoint", save)
+        m.setattr(train, "preview", lambda path, model, data, s, frames: real_preview(path, model, data, s, 5))
+        m.setitem(train.PRESETS, "small", train.PRESETS["small"] | dict(save_minutes=0))
+        small = "--size 16 --clip-frames 4 --batch 2 --device cpu".split()
+        return here(train, *small, *words, cwd=folder, code=code)
 
 
 def balls(n=1, frames=8, size=16, seed=0, **options):
     return train.bouncing_balls(n, frames, np.random.default_rng(seed), size, **options)
+
+
+def settings(**options):
+    return Namespace(**(dict(seed=0, device="cpu", clip_frames=4, size=(16, 16), stride=1, batch=2, forcing="diffusion") | options))
+
+
+def clips_of(folder, **options):
+    return train.Clips(settings(data=folder, cache=folder.parent / "cache", **options))
 
 
 @pytest.mark.cli
@@ -1330,6 +1380,22 @@ def test_physics_tells_what_is_wrong_with_balls(monkeypatch):
 
 
 @pytest.mark.cli
+def test_a_ball_that_jumps_along_a_wall_is_a_mistake(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    from compare import physics
+
+    def drawn(x, y):  # two balls at rest, the red one beside the left wall, where nothing counts as free flight
+        pixel = np.arange(32) + 0.5
+        cover = [np.clip(4 - np.hypot(pixel - a, pixel[:, None] - b), 0, 1) for a, b in ((x, y), (25, 16))]
+        return np.minimum(train.BACKGROUND + np.einsum("khw,kc->hwc", cover, train.COLOURS), 255).round().astype(np.uint8)
+
+    slides = np.stack([drawn(3.6, 8 + t) for t in range(12)])
+    assert physics(slides)[4] == 12, "a pixel in each step along the wall is possible"
+    jumps = np.stack([drawn(3.6, 8 + t + 3 * (t >= 6)) for t in range(12)])
+    assert physics(jumps)[4] == 6, "no step is longer than 2.3 pixels, not even beside a wall"
+
+
+@pytest.mark.cli
 def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(HERE / "assets"))
     import compare
@@ -1341,73 +1407,267 @@ def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path)
     assert [words[words.index("--minutes") + 1] for words in done] == ["0.1", "4"], "the same once, another anew"
 
 
-@pytest.mark.cli
-def test_batches_and_noise_depend_on_seed_step_and_part_alone():
-    data = train.Balls(4, 16)
-    a, b = train.draw(data, 1, 5, 2), train.draw(data, 1, 5, 2)
-    assert a[0] == b[0] and (a[1] == b[1]).all(), "the same (seed, step, part) gives the same batch"
-    levels = lambda seed: df.sample_noise_levels(2000, 2, tiny(), generator=torch.Generator().manual_seed(seed)).log()
-    for other in (train.draw(data, 2, 5, 2), train.draw(data, 1, 6, 2), train.draw(data, 1, 5, 2, part=1)):
-        assert (a[1] != other[1]).any(), "another seed, step or part gives another batch"
-        both = torch.corrcoef(torch.stack([levels(a[0]).flatten(), levels(other[0]).flatten()]))
-        assert abs(both[0, 1]) < 0.1, "and other noise"
+# ---- train.py: from the data to a batch
 
 
 @pytest.mark.cli
-@pytest.mark.parametrize("text", ["1e-3", "0.5", "2"])
-def test_rates_are_read_however_they_are_written(text):
-    assert sample.positive_float(text) == float(text), "a number above 0, in any notation"
+def test_a_batch_and_its_noise_depend_on_seed_and_number_alone():
+    s, other = settings(seed=2**40), settings(seed=2**40 + 1)
+    data = train.Balls(s)
+    a, b = train.draw(data, s, 2, 4, at=5), train.draw(data, s, 2, 4, at=5)
+    levels = lambda drawn: df.sample_noise_levels(2000, 2, tiny(), generator=drawn[2]).log().flatten()
+    first = levels(a)
+    assert torch.equal(a[0], b[0]) and torch.equal(first, levels(b)), "the same (seed, at) gives the same batch and noise"
+    for c in (train.draw(data, other, 2, 4, at=5), train.draw(data, s, 2, 4, at=6), train.draw(data, s, 2, 4, at=train.MEASURE)):
+        assert (a[0] != c[0]).any(), "another seed, or another number, gives another batch"
+        assert abs(torch.corrcoef(torch.stack([first, levels(c)]))[0, 1]) < 0.1, "and other noise"
 
 
 @pytest.mark.cli
-def test_learning_rate_warms_up_from_step_zero():
-    s = Namespace(lr=1.0, warmup=100)
-    rates = [train.learning_rate(i, i / 1000, s) for i in (0, 49, 99, 400)]
-    assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0]), "step 0 is small but not zero; full after `warmup` steps"
-    assert train.learning_rate(999, 0.999, s) < 0.01, "it ends near zero"
+def test_every_pass_of_every_step_has_a_number_of_its_own(tmp_path, monkeypatch):
+    drawn, real = [], train.draw
+    monkeypatch.setattr(train, "draw", lambda data, s, n, T, at, held=False: drawn.append((at, held)) or real(data, s, n, T, at, held))
+    train_here(monkeypatch, tmp_path, *"--steps 3 --accumulate 2".split())
+    steps = [at for at, _ in drawn if at < train.MEASURE]
+    assert steps == list(range(8)), "step 0: 0 and 1, step 1: 2 and 3 ...; one step is drawn ahead"
+    assert len({at for at, _ in drawn}) == len(drawn), "measuring, previews and training take different clips"
 
 
 @pytest.mark.cli
-def test_a_training_step_does_what_it_is_told(monkeypatch):
-    model, told = random_denoiser(height=16, width=16), {}
-    expected = df.ExpectedLoss(model.config)
-    weights = [*model.parameters(), *expected.parameters()]
-    run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=90, bfloat16=False, weights=weights,
-                    expected_loss=expected, optimizer=torch.optim.AdamW(weights, 9.0, betas=(0.9, 0.99)))
+def test_the_data_is_measured_around_the_mean_of_each_channel():
+    drawn = []
 
-    def steep(model, x, config, **options):
-        told.update(options)
-        return 1e4 * df.diffusion_forcing_loss(model, x, config, generator=options["generator"],
-                                               expected_loss=options["expected_loss"])
+    class Data:
+        action_dim = 2
 
-    monkeypatch.setattr(train, "diffusion_forcing_loss", steep)
-    before, settings = run.ema.stem.weight.clone(), Namespace(device="cpu", forcing="teacher", ema=0.9, lr=9.0)
-    train.train_step(run, settings, [(7, balls(2, 4), np.ones((2, 4, 0), np.float32))], 1e-3)
-    assert told.get("expected_loss") is expected, "every mixture of levels counts the same"
-    assert told.get("forcing") == "teacher" and told.get("actions") is not None, "the loss is told of forcing and actions"
-    assert told["generator"].initial_seed() == 7, "the noise is that of the step's seed"
-    assert run.optimizer.param_groups[0]["lr"] == 1e-3, "the learning rate of the schedule reaches the optimizer"
-    moments = [s["exp_avg"].norm() for s in run.optimizer.state.values()]  # each 0.1 times the gradient, after a step
-    assert torch.stack(moments).norm() == pytest.approx(1, rel=0.01), "gradients are clipped to a norm of 10"
-    assert torch.allclose(run.ema.stem.weight, 0.9 * before + 0.1 * model.stem.weight), "average = decay average + ..."
-    assert not any(p.grad is not None and p.grad.any() for p in model.parameters()), "the next step begins without gradient"
+        def batch(self, rng, n, num_frames, held):
+            clips = (rng.random((n, 3, 4, 4, 3)) * [20, 80, 200]).astype(np.uint8)
+            drawn.append((clips / 127.5 - 1, (rng.standard_normal((n, 3, 2)) * [25, 0]).astype(np.float32)))
+            return clips, drawn[-1][1]
+
+    measured = train.measure(Data(), settings())
+    x, actions = (np.concatenate(parts) for parts in zip(*drawn))
+    mean = x.mean((0, 1, 2, 3))
+    assert len(x) == 256 and max(len(part) for part, _ in drawn) == 16, "256 clips, 16 at a time"
+    assert measured["data_mean"] == pytest.approx(mean, rel=1e-4), "one mean for each channel"
+    assert measured["sigma_data"] == pytest.approx((x - mean).std(), rel=1e-4), "the deviation around these means"
+    rms = np.sqrt((actions[..., 0] ** 2).mean())
+    assert measured["action_scale"] == pytest.approx([rms, 1]), "root mean square; 0 becomes 1"
 
 
 @pytest.mark.cli
-def test_two_passes_of_a_step_are_one_of_twice_the_clips(monkeypatch):
-    clips, gradients = balls(4, 4, size=16), []
-    monkeypatch.setattr(train, "diffusion_forcing_loss", lambda model, x, *_, **__:
-                        (model(x, torch.ones(x.shape[:2]))[0] - x).square().mean())
-    for batches in ([clips], [clips[:2], clips[2:]]):
-        model = random_denoiser(height=16, width=16)
-        run = Namespace(model=model, network=model, ema=copy.deepcopy(model), step=0, bfloat16=False,
-                        weights=[*model.parameters()], expected_loss=df.ExpectedLoss(model.config),
-                        optimizer=torch.optim.SGD(model.parameters(), 0.0))
-        monkeypatch.setattr(run.optimizer, "zero_grad", lambda: None)
-        settings = Namespace(device="cpu", forcing="diffusion", ema=0.9)
-        loss = train.train_step(run, settings, [(0, b, None) for b in batches], 0.0)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()] + [loss[None]]))
-    assert torch.allclose(*gradients, atol=1e-5), "losses, and gradients, are averaged over the passes"
+def test_validation_is_of_held_out_clips_with_three_amounts_of_noise(monkeypatch):
+    seen, model = [], Namespace(config=tiny())
+    data = Namespace(held_out=True, batch=lambda rng, n, T, held=False:
+                     (np.full((n, T, 8, 8, 3), 255 * held, np.uint8), np.zeros((n, T, 0), np.float32)))
+    monkeypatch.setattr(train, "diffusion_forcing_loss", lambda model, x, config, sigma, generator, **options: seen.append(
+        (float(x.mean()), math.log(float(sigma[0, 0]) / units(config)), generator.initial_seed())) or torch.zeros(()))
+    assert train.validate(model, data, settings()) == [0, 0, 0], "one loss for each amount of noise"
+    clips, logs, seeds = zip(*seen)
+    assert clips == (1, 1, 1), "held-out clips"
+    assert logs == pytest.approx([-0.6 - 2.4, -0.6, -0.6 + 2.4], rel=1e-4), "ln sigma: P_mean - P_std, P_mean, P_mean + P_std"
+    assert len(set(seeds)) == 1, "always the same noise"
+    data.held_out = False
+    assert all(math.isnan(loss) for loss in train.validate(model, data, settings())), "training clips are not called held out"
+
+
+# ---- train.py: a folder of clips
+
+
+@pytest.mark.cli
+def test_links_are_followed_and_every_clip_counts_once(tmp_path):
+    real, clips = tmp_path / "real", tmp_path / "clips"
+    real.mkdir()
+    (clips / "sub").mkdir(parents=True)
+    np.save(real / "a.npy", balls(1, 4)[0])
+    (clips / "link").symlink_to(real)
+    (clips / "copy.npy").symlink_to(real / "a.npy")
+    for name in ("loop", "sub/loop"):
+        (clips / name).symlink_to(clips)  # glob would follow these for ever
+    found = train.find_clips(clips, tmp_path / "cache")
+    assert len(found) == 1, f"one clip, however many links lead to it: {found}"
+
+
+@pytest.mark.cli
+def test_decoded_clips_are_no_clips(tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    np.save(clips / "a.npy", balls(1, 4)[0])
+    for _ in range(2):
+        data = train.Clips(settings(data=clips, cache=clips / "cache"))
+        assert len(data.clips) == 1, "what lies in --cache, inside --data, was taken for clips"
+
+
+@pytest.mark.cli
+def test_the_cache_knows_what_a_clip_was_made_from(tmp_path):
+    clip, rng = tmp_path / "clips" / "a.npy", np.random.default_rng(0)
+    clip.parent.mkdir()
+    read = lambda *size: clips_of(clip.parent, size=size).batch(rng, 1, 4)[0]
+    np.save(clip, np.full((4, 16, 16, 3), 10, np.uint8))
+    assert read(16, 16).shape == (1, 4, 16, 16, 3) and read(8, 12).shape == (1, 4, 8, 12, 3), "one size taken for the other"
+    np.save(clip, np.full((4, 16, 16, 3), 20, np.uint8))
+    os.utime(clip, (1, 1))
+    assert (read(16, 16) == 20).all(), "a clip of the same length, written later, was taken for the one before it"
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:200])  # after a power failure
+    assert (read(16, 16) == 20).all(), "a damaged file in the cache is decoded anew"
+
+
+@pytest.mark.cli
+def test_a_cache_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, capsys):
+    def full(file, clip):
+        file.write(b"half of it")
+        raise OSError("15360 requested and 9872 written")
+
+    np.save(tmp_path / "a.npy", balls(1, 4)[0])
+    monkeypatch.setattr(train.np, "save", full)
+    with pytest.raises(SystemExit):
+        train.Clips(settings(data=tmp_path, cache=tmp_path / "cache"))
+    assert f"--cache {tmp_path / 'cache'}" in capsys.readouterr().err, "it is not the clip that is to blame"
+    assert not os.listdir(tmp_path / "cache"), "half a file is left behind"
+    with pytest.raises(SystemExit):
+        train.Clips(settings(data=tmp_path, cache=tmp_path / "a.npy"))
+    assert f"--cache {tmp_path / 'a.npy'}" in capsys.readouterr().err, "a file is no folder"
+
+
+@pytest.mark.cli
+def test_what_killed_runs_left_in_the_cache_goes_after_a_day(tmp_path):
+    clips, cache = tmp_path / "clips", tmp_path / "cache"
+    clips.mkdir()
+    cache.mkdir()
+    np.save(clips / "a.npy", balls(1, 4)[0])
+    for name in ("old.npy.1.tmp", "new.npy.2.tmp"):
+        (cache / name).write_bytes(b"half")
+    os.utime(cache / "old.npy.1.tmp", (1, 1))
+    clips_of(clips)
+    assert sorted(p.suffix for p in cache.iterdir()) == [".npy", ".tmp"], "the old one goes; the new one may be in use"
+
+
+@pytest.mark.cli
+def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys, monkeypatch):
+    clips, clip = tmp_path / "clips", balls(1, 8)[0]
+    clips.mkdir()
+    np.save(clips / "good.npy", clip)
+    np.save(clips / "floats.npy", clip / np.float32(255))
+    np.save(clips / "nan.npy", np.full((8, 16, 16, 3), np.nan))
+    np.save(clips / "objects.npy", np.array([{}] * 8), allow_pickle=True)
+    np.save(clips / "nothing.npy", clip[:0])
+    np.save(clips / "short.npy", clip[:3])
+    (clips / "empty.npy").write_bytes(b"")
+    np.save(clips / "acted.npy", clip)
+    np.save(clips / "acted.actions.npy", np.full((8, 1), np.nan))
+    np.save(clips / "late.npy", clip)
+    np.save(clips / "late.actions.npy", np.ones((7, 1)))
+    (clips / "text.mp4").write_text("no video")
+    (clips / "cut.gif").write_bytes(b"GIF89a")
+    (clips / "script.mp4").write_text("ffconcat version 1.0\nfile /etc/passwd\n")  # would have ffmpeg open another file
+    (clips / "dead.mp4").symlink_to("nowhere")
+    os.mkfifo(clips / "pipe.mp4")  # whoever opens it waits for ever
+    for name in (".hidden.mp4", "hidden.preview.mp4", "hidden.rollout.mp4"):  # the last two are train.py's
+        (clips / name).write_text("ignored")
+    monkeypatch.setattr(train, "HELD_OUT", 2)
+    data = clips_of(clips)
+    said = capsys.readouterr().out
+    for name, reason in [("nan", "NaN"), ("objects", "objects"), ("short", "3 frames; 4 are needed"), ("text", "moov"),
+                         ("acted", "finite"), ("late", "7 rows for 8 frames"), ("nothing", "no frame"), ("empty", ""),
+                         ("script", "whitelist"), ("dead", "No such file"), ("pipe", "no such file"), ("cut", "")]:
+        line = [line for line in said.splitlines() if f"{name}." in line]
+        assert len(line) == 1 and line[0].startswith("skipped") and reason in line[0], f"{name}: one line with the reason:\n{said}"
+    assert "hidden" not in said and "2 clips (1 held out, 0 with actions), 16 frames; 12 skipped" in said, said
+    assert all((np.load(path) == clip).all() for path, *_ in data.clips), "floats in 0..1 are bytes / 255"
+    assert [list(data.share[held]) for held in (False, True)] == [[1, 0], [0, 1]], "clips are held out whole"
+
+
+@pytest.mark.cli
+def test_actions_of_different_widths_are_refused(tmp_path):
+    for name, width in (("a", 1), ("b", 2)):
+        np.save(tmp_path / f"{name}.npy", balls(1, 4)[0])
+        np.save(tmp_path / f"{name}.actions.npy", np.ones((4, width)))
+    refused("files of 1 and of 2 actions", train.Clips, settings(data=tmp_path, cache=tmp_path / "cache"))
+
+
+def counting_clip(folder, frames=7):
+    """A clip whose frame t is all 10 t, and whose action t is t."""
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "a.npy", np.full((8, 8, 3, frames), 10 * np.arange(frames), np.uint8).transpose(3, 0, 1, 2))
+    np.save(folder / "a.actions.npy", np.arange(float(frames))[:, None])
+
+
+@pytest.mark.cli
+def test_a_training_clip_keeps_its_stride_and_its_actions(tmp_path):
+    counting_clip(tmp_path / "clips")
+    data = clips_of(tmp_path / "clips", clip_frames=3, size=(8, 8), stride=2)
+    clips, actions = data.batch(np.random.default_rng(0), 50, 3)
+    at = clips[..., 0, 0, 0].astype(int) // 10
+    assert (np.diff(at) == 2).all(), "--stride 2 takes every second frame"
+    assert set(at[:, 0]) == {0, 1, 2}, "the first and the last place to start are both drawn"
+    assert np.allclose(actions[..., 0], np.maximum(at - 0.5, 0)), "row t: the mean of the actions that led to frame t"
+    assert (data.batch(np.random.default_rng(0), 1, 9)[0][0, -4:] == 60).all(), "too short for a preview: it stands still"
+
+
+# ---- train.py: the run
+
+
+class Recorder(torch.optim.AdamW):
+    """AdamW that keeps, for each step, its learning rate, its gradient, and a weight after it."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.steps = []
+        Recorder.last = self
+
+    def step(self):
+        params = self.param_groups[0]["params"]
+        gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+        super().step()
+        self.steps.append((self.param_groups[0]["lr"], gradient.clone(), params[0].detach().clone()))
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_a_step_averages_its_passes_clips_and_follows_the_schedule(tmp_path, monkeypatch, scale):
+    passes, losses, real = [], [], train.diffusion_forcing_loss
+
+    def loss(model, x, config, **options):
+        value = real(model, x, config, **options) * scale
+        told.append((options["forcing"], options["actions"].shape, options["expected_loss"] is not None))
+        params = Recorder.last.param_groups[0]["params"]
+        parts = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
+        passes.append(torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(parts, params)]))
+        losses.append(value.item())
+        return value
+
+    told = []
+    monkeypatch.setattr(train, "diffusion_forcing_loss", loss)
+    monkeypatch.setattr(train.torch.optim, "AdamW", Recorder)
+    monkeypatch.setitem(train.PRESETS, "small", train.PRESETS["small"] | dict(warmup=4, ema=0.5))
+    counting_clip(tmp_path / "clips", 8)
+    train_here(monkeypatch, tmp_path, *"--data clips --cache cache --steps 20 --accumulate 2 --lr 1e-3 --forcing teacher".split())
+    steps = Recorder.last.steps
+    assert set(told) == {("teacher", (2, 4, 1), True)}, "the loss is told of forcing, of actions, and what loss to expect"
+    for i, (_, gradient, _) in enumerate(steps):
+        mean = (passes[2 * i] + passes[2 * i + 1]) / 2
+        mean = mean * min(1, 10 / float(mean.norm()))
+        assert torch.allclose(gradient, mean, rtol=1e-3, atol=1e-6), \
+            f"step {i}: the mean gradient of its passes, clipped to a norm of 10, and nothing left of the step before"
+    rates = [1e-3 * min(1, (i + 1) / 4) * min(1, 2 * (1 - i / 20)) for i in range(20)]
+    assert [lr for lr, _, _ in steps] == pytest.approx(rates), "up over `warmup` steps, constant, down to 0 over the second half"
+    average = torch.load(tmp_path / "model.resume.pt", weights_only=True)["ema"]
+    first = next(iter(average.values()))
+    expected = steps[0][2] * 0 + train_weight_before(tmp_path)
+    for i, (_, _, weight) in enumerate(steps):
+        decay = min(0.5, (i + 1) / (i + 10))
+        expected = decay * expected + (1 - decay) * weight
+    assert torch.allclose(first, expected, atol=1e-6), "average = decay average + (1 - decay) weights, with a short memory at first"
+    row = (tmp_path / "model.csv").read_text().splitlines()[1].split(",")
+    assert float(row[1]) == pytest.approx(np.mean(losses), rel=1e-3), "the log has the mean loss of the 20 steps"
+
+
+def train_weight_before(folder):
+    """The first weight of the model before its first step: it follows from the seed alone."""
+    config = df.load_checkpoint(folder / "model.pt")[0].config
+    torch.manual_seed(0)
+    return next(iter(Denoiser(config).parameters())).detach()
 
 
 @pytest.mark.cli
@@ -1434,52 +1694,8 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path, monkeypatch):
             same = torch.allclose(weight, saved["two"][key][name], atol=1e-5)
             assert same, f"{key} {name} depends on how many processes"
     assert saved["mixed"]["step"] == 20, "a run may go on with another number of processes"
-    logs = [[row[:2] for row in log_without_times(tmp_path / f"{name}.csv")] for name in ("one", "two")]
-    assert logs[0] == logs[1], "the log has the mean loss over the processes, once"
-
-
-@pytest.mark.cli
-def test_validation_is_of_the_average_on_held_out_clips(monkeypatch):
-    seen, config = [], tiny()
-    data = Namespace(batch=lambda rng, n, held=False: (np.full((n, 4, 8, 8, 3), 255 * held, np.uint8), None))
-    monkeypatch.setattr(train, "diffusion_forcing_loss", lambda model, x, config, **options:
-                        seen.append((model, float(x.mean()), config.P_mean, config.P_std)) or torch.zeros(()))
-    losses = train.validate(Namespace(model=Namespace(config=config), ema="average"),
-                            Namespace(seed=0, device="cpu", forcing="diffusion"), data)
-    bands = [config.P_mean + shift * config.P_std for shift in (-1, 0, 1)]
-    assert seen == [("average", 1.0, m, config.P_std / 3) for m in bands], "average weights, held-out clips, three bands"
-    assert losses == [0, 0, 0], "a loss for each band"
-
-
-def train_here(monkeypatch, folder, *words, interrupt_at=None, die_at=None, nan_at=None):
-    """train.main() in this process, with a rollout short enough for tests, saving every 20 steps; optionally Ctrl-C,
-    sudden death instead of saving, or a loss that is no number at some step."""
-    real_step, real_save, real_preview = train.train_step, train.save, train.preview
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def step(run, *args):
-        loss = real_step(run, *args)
-        if run.step == interrupt_at:
-            signal.raise_signal(signal.SIGINT)
-        return loss * math.nan if run.step == nan_at else loss
-
-    def save(run, *args):
-        if run.step == die_at:
-            raise SystemExit("dead")
-        real_save(run, *args)
-
-    with monkeypatch.context() as m:
-        m.chdir(folder)
-        m.setattr(train, "train_step", step)
-        m.setattr(train, "save", save)
-        m.setattr(train, "preview", lambda name, model, data, frames, s: real_preview(name, model, data, 5, s))
-        m.setitem(train.PRESETS, "small", train.PRESETS["small"] | dict(save_minutes=0))
-        m.setattr(sys, "argv", ["train.py", *"--size 16 --clip-frames 4 --batch 2 --device cpu".split(), *words])
-        try:
-            train.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    one, two = ([float(v) for v in saved[name]["log"].splitlines()[1].split(",")[:2]] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4), "the log has the mean loss over the processes, once"
 
 
 def log_without_times(path):
@@ -1487,35 +1703,13 @@ def log_without_times(path):
 
 
 @pytest.mark.cli
-def test_the_data_is_measured_around_the_mean_of_each_channel():
-    drawn = []
-
-    class Data:
-        action_dim = 2
-
-        def batch(self, rng, n):
-            clips = (rng.random((n, 3, 4, 4, 3)) * [20, 80, 200]).astype(np.uint8)
-            drawn.append((clips / 127.5 - 1, (rng.standard_normal((n, 3, 2)) * [25, 0]).astype(np.float32)))
-            return clips, drawn[-1][1]
-
-    measured = train.measure(Data(), 0)
-    x, actions = (np.concatenate(parts) for parts in zip(*drawn))
-    mean = x.mean((0, 1, 2, 3))
-    assert measured["data_mean"] == pytest.approx(mean, rel=1e-4), "one mean a channel"
-    assert measured["sigma_data"] == pytest.approx((x - mean).std(), rel=1e-4), "the deviation around these means"
-    rms = np.sqrt((actions[..., 0] ** 2).mean())
-    assert measured["action_scale"] == pytest.approx([rms, 1]), "root mean square; 0 becomes 1"
-
-
-@pytest.mark.cli
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     train_here(monkeypatch, tmp_path / "whole", "--steps", "62")
-    with pytest.raises(SystemExit, match="--resume"):
-        train_here(monkeypatch, tmp_path / "broken", "--steps", "62", interrupt_at=9)
-    with pytest.raises(SystemExit, match="dead"):  # what came after step 20 is lost, and done again
-        train_here(monkeypatch, tmp_path / "broken", "--resume", die_at=40)
+    said = "stopped and saved at step 9; the same command with --resume goes on"
+    train_here(monkeypatch, tmp_path / "broken", "--steps", "62", interrupt_at=9, code=said)
+    train_here(monkeypatch, tmp_path / "broken", "--resume", die_at=40, code="dead")  # what came after step 20 is lost
     train_here(monkeypatch, tmp_path / "broken", "--resume")
     for file in ("model.pt", "model.resume.pt"):
         a, b = (torch.load(tmp_path / name / file, weights_only=True) for name in ("whole", "broken"))
@@ -1524,13 +1718,21 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
                 assert torch.equal(a[key][weight], b[key][weight]), f"{file}: {weight} differs after Ctrl-C and --resume"
         assert a["step"] == b["step"] == 62, f"{file}: --steps counts the steps before the interruption too"
     logs = [log_without_times(tmp_path / name / "model.csv") for name in ("whole", "broken")]
-    assert logs[0] == logs[1] and len(logs[0]) == 4, "the log is that of an unbroken run: cut to the saved step on --resume"
-    average, raw = (torch.load(tmp_path / "whole" / "model.resume.pt", weights_only=True)[k] for k in ("ema", "weights"))
+    assert logs[0] == logs[1] and len(logs[0]) == 4, "the log is that of an unbroken run: it travels in the checkpoint"
+    saved = torch.load(tmp_path / "whole" / "model.resume.pt", weights_only=True)
     shipped = df.load_checkpoint(tmp_path / "whole" / "model.pt")[0].state_dict()
-    assert all(torch.equal(shipped[k], average[k]) for k in shipped), "model.pt holds the moving average"
-    assert any(not torch.equal(shipped[k], raw[k]) for k in shipped), "and not the raw weights"
-    expected = torch.load(tmp_path / "whole" / "model.resume.pt", weights_only=True)["expected_loss"]
-    assert all(weight.any() for weight in expected.values()), "the expected loss, zero at first, is trained too"
+    assert all(torch.equal(shipped[k], saved["ema"][k]) for k in shipped), "model.pt holds the moving average"
+    assert any(not torch.equal(shipped[k], saved["weights"][k]) for k in shipped), "and not the raw weights"
+    assert all(weight.any() for weight in saved["expected_loss"].values()), "the expected loss, zero at first, is trained too"
+    left = [name for name in os.listdir(tmp_path / "broken") if name.endswith(".tmp")]
+    assert not left, f"files written aside were left: {left}"
+
+
+@pytest.mark.cli
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    (tmp_path / "m.pt.tmp").write_bytes(b"half")
+    df.save_checkpoint(tmp_path / "m.pt", tiny(), {})
+    assert os.listdir(tmp_path) == ["m.pt"], "every kill would leave a file for ever: write aside to one name"
 
 
 @pytest.mark.cli
@@ -1544,38 +1746,40 @@ def test_the_clock_goes_on_after_resume(tmp_path, monkeypatch):
 
 
 @pytest.mark.cli
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        train_here(monkeypatch, tmp_path, "--steps", "40", nan_at=25)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step 24 is nan" in said and "sigma" in said and "two balls" in said, f"step, clips and sigmas, not: {said}"
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
+    said = train_here(monkeypatch, tmp_path, "--steps", "40", nan_at=25, code=2).strip().splitlines()[-1]
+    assert "steps 20 to 40 is nan" in said and "--lr" in said, f"the steps, and the remedy, not: {said}"
     model, extra = df.load_checkpoint(tmp_path / "model.resume.pt")
     assert extra["step"] == 20 and all(p.isfinite().all() for p in model.parameters()), "the last good state stays"
     assert "--resume goes on with it" in said, f"say how to go on: {said}"
-    with pytest.raises(SystemExit):
-        train_here(monkeypatch, tmp_path, "--overwrite", "--steps", "40", nan_at=5)
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    said = train_here(monkeypatch, tmp_path, "--overwrite", "--steps", "40", nan_at=5, code=2).strip().splitlines()[-1]
     assert "--resume" not in said, f"nothing of this run was saved: do not offer to go on with the one before it: {said}"
 
 
 @pytest.mark.cli
-def test_speed_counts_the_steps_since_it_was_last_told(monkeypatch):
-    monkeypatch.setattr(train.time, "monotonic", lambda: 7.5)
-    run, log = Namespace(step=20, losses=[0.0] * 20, elapsed=9.0), io.StringIO()  # 18 of them before an interruption
-    s = Namespace(accumulate=2, batch=3, clip_frames=5, steps=100, minutes=None)
-    train.report(run, s, None, log, train.tqdm(disable=True), (7.0, 18), 0.1)
-    speed = float(log.getvalue().split(",")[6])
-    assert speed == pytest.approx(2 * 2 * 3 * 5 / 0.5), "2 steps of 2 passes of 3 clips of 5 frames in half a second"
+def test_speed_counts_the_steps_since_it_was_last_told(tmp_path, monkeypatch):
+    clock, real = [100.0], train.diffusion_forcing_loss
+
+    def loss(*args, **options):  # every pass takes a quarter of a second
+        clock[0] += 0.25
+        return real(*args, **options)
+
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(train, "diffusion_forcing_loss", loss)
+    stopped = "stopped and saved at step 13; the same command with --resume goes on"
+    train_here(monkeypatch, tmp_path, *"--steps 40 --accumulate 2".split(), interrupt_at=25, code=stopped)
+    train_here(monkeypatch, tmp_path, "--resume")
+    rows = [row.split(",") for row in (tmp_path / "model.csv").read_text().splitlines()[1:]]
+    assert [float(row[6]) for row in rows] == pytest.approx([2 * 2 * 4 / 0.5] * 2), "frames/s: 2 passes of 2 clips of 4 frames in .5 s"
+    assert float(rows[-1][7]) == pytest.approx(20), "40 steps of half a second, however often it was stopped"
 
 
 @pytest.mark.cli
-def test_resuming_with_other_settings_says_which_differ(tmp_path, monkeypatch, capsys):
+def test_resuming_with_other_settings_says_which_differ(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path, "--steps", "1")
-    with pytest.raises(SystemExit):
-        train_here(monkeypatch, tmp_path, "--resume", "--window", "3", "--temporal", "gru")
-    said = capsys.readouterr().err
-    for words in ("--window 4, not 3", "--temporal attention, not gru", "--steps"):
-        assert words in said, f"say what differs, and what may: {said}"
+    for words, said in (("--window 3", "--window 3: model.resume.pt has 4"), ("--temporal gru", "has attention")):
+        assert said in train_here(monkeypatch, tmp_path, "--resume", *words.split(), code=2), "say what differs"
+    assert "step" in train_here(monkeypatch, tmp_path, *"--resume --steps 2 --lr 1e-5".split()), "the length may change"
 
 
 @pytest.mark.cli
@@ -1589,225 +1793,33 @@ def test_a_run_goes_on_when_its_clips_have_moved(tmp_path, monkeypatch):
 
 
 @pytest.mark.cli
-def test_links_to_folders_are_followed(tmp_path):
-    (tmp_path / "real").mkdir()
-    np.save(tmp_path / "real" / "a.npy", balls(1, 4)[0])
+def test_fine_tuning_starts_from_the_weights_and_settings_of_a_model(tmp_path, monkeypatch):
+    model = random_denoiser(height=16, width=16, dim=16, temporal="gru", context_noise=0.2)
+    df.save_checkpoint(tmp_path / "old.pt", model.config, model.state_dict())
+    counting_clip(tmp_path / "clips", 8)
+    words = "--init old.pt --data clips --cache cache --steps 1 --lr 1e-9 --size 16x24".split()
+    train_here(monkeypatch, tmp_path, *words)
+    tuned, _ = df.load_checkpoint(tmp_path / "model.pt")
+    c = tuned.config
+    assert (c.dim, c.head_dim, c.temporal, c.context_noise) == (16, 8, "gru", 0.2), "the network, and its settings, are the old model's"
+    assert (c.height, c.width, c.action_dim, c.clip_frames) == (16, 24, 1, 4), "its data, and what was asked for, are new"
+    assert c.sigma_data != model.config.sigma_data, "the new clips are measured"
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(tuned.state_dict()[name], weight, atol=1e-5), f"{name} does not come from --init"
+    refuses = train_here(monkeypatch, tmp_path, *words, *"--temporal attention --overwrite".split(), code=2)
+    assert "--temporal" in refuses, "attention cannot start from the weights of a GRU"
+
+
+@pytest.mark.cli
+def test_frames_need_not_be_square(tmp_path, monkeypatch):
     (tmp_path / "clips").mkdir()
-    (tmp_path / "clips" / "link").symlink_to(tmp_path / "real")
-    found = train.find_clips(tmp_path / "clips")
-    assert found == [tmp_path / "clips" / "link" / "a.npy"], "data sets are made of links"
-
-
-@pytest.mark.cli
-def test_the_cache_knows_what_a_clip_was_made_from(tmp_path, capsys):
-    clip, rng = tmp_path / "clips" / "a.npy", np.random.default_rng(0)
-    clip.parent.mkdir()
-    read = lambda size: train.Clips(tmp_path / "clips", 4, size, 1, tmp_path / "cache", 0).batch(rng, 1)[0]
-    np.save(clip, np.full((4, 16, 16, 3), 10, np.uint8))
-    assert read(16).shape == (1, 4, 16, 16, 3) and read(8).shape == (1, 4, 8, 8, 3), "one size taken for the other"
-    np.save(clip, np.full((4, 16, 16, 3), 20, np.uint8))
-    os.utime(clip, (1, 1))
-    assert (read(16) == 20).all(), "a clip of the same length, written later, was taken for the one before it"
-    for file in (tmp_path / "cache").iterdir():
-        file.write_bytes(b"")  # after a power failure
-    with pytest.raises(SystemExit):
-        read(16)
-    assert f"{tmp_path / 'cache'}/" in capsys.readouterr().out.splitlines()[-1], "say which file is damaged"
-
-
-@pytest.mark.cli
-def test_a_cache_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, capsys):
-    def full(file, clip):
-        file.write(b"half of it")
-        raise OSError("15360 requested and 9872 written")
-
-    np.save(tmp_path / "a.npy", balls(1, 4)[0])
-    monkeypatch.setattr(train.np, "save", full)
-    with pytest.raises(SystemExit):
-        train.Clips(tmp_path, 4, 16, 1, tmp_path / "cache", 0)
-    assert f"--cache {tmp_path / 'cache'}" in capsys.readouterr().err, "it is not the clip that is to blame"
-    assert not os.listdir(tmp_path / "cache"), "half a file is left behind"
-    with pytest.raises(SystemExit):
-        train.Clips(tmp_path, 4, 16, 1, tmp_path / "a.npy", 0)
-    assert f"--cache {tmp_path / 'a.npy'}" in capsys.readouterr().err, "a file is no folder"
-
-
-@pytest.mark.cli
-def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / "a.gif").mkdir()
-    closed, bad = [], sample.VideoWriter(tmp_path / "a.gif", 8, 8)
-    good = Namespace(write=lambda frame: None, close=lambda: closed.append(1))
-    with pytest.raises(OSError):
-        sample.write(torch.zeros(1, 3, 3, 8, 8), [good, bad, good])
-    assert closed == [1, 1], "the other files are finished"
-
-
-@pytest.mark.cli
-def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys):
-    clips, clip = tmp_path / "clips", balls(1, 8)[0]
-    clips.mkdir()
-    np.save(clips / "good.npy", clip)
-    np.save(clips / "floats.npy", clip / np.float32(255))
-    np.save(clips / "nan.npy", np.full((8, 16, 16, 3), np.nan))
-    np.save(clips / "objects.npy", np.array([{}] * 8), allow_pickle=True)
-    np.save(clips / "short.npy", clip[:3])
-    np.save(clips / "acted.npy", clip)
-    np.save(clips / "acted.actions.npy", np.full((8, 1), np.nan))
-    (clips / "text.mp4").write_text("no video")
-    (clips / "script.mp4").write_text("ffconcat version 1.0\nfile /etc/passwd\n")  # would have ffmpeg open another file
-    (clips / "dead.mp4").symlink_to("nowhere")
-    os.mkfifo(clips / "pipe.mp4")  # whoever opens it waits for ever
-    for name in (".hidden.mp4", "hidden.preview.mp4", "hidden.rollout.mp4"):  # the last two are train.py's
-        (clips / name).write_text("ignored")
-    data = train.Clips(clips, 4, 16, 1, tmp_path / "cache", 0.5)
-    said = capsys.readouterr().out
-    for name, reason in [("nan", "NaN"), ("objects", "numbers"), ("short", "3 frames; 4 are needed"), ("text", "moov"),
-                         ("acted", "finite"),
-                         ("script", "whitelist"), ("dead", "No such file"), ("pipe", "neither a file")]:
-        line = [line for line in said.splitlines() if f"{name}." in line]
-        assert len(line) == 1 and line[0].startswith("skipped") and reason in line[0], f"{name}: one line with the reason"
-    assert "hidden" not in said and "2 clips (1 held out), 16 frames" in said, said
-    assert (np.load(data.clips[0][1]) == clip).all(), "floats in 0..1 are bytes / 255"
-    kept, held = ({str(data.clips[i][0]) for i in data.choose(np.random.default_rng(0), 99, h)} for h in (False, True))
-    assert len(kept) == len(held) == 1 and kept != held, "clips are held out whole"
-    assert set(data.names(np.random.default_rng(0), 9)) == kept, "a batch can be asked which clips it is of"
-
-
-def write_png(path, frame):
-    command = [sample.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
-    size = f"{frame.shape[1]}x{frame.shape[0]}"
-    subprocess.run([*command, "-s", size, "-i", "-", path], input=frame.tobytes(), check=True)
-
-
-def counting_clip(folder, frames=7):
-    """A clip whose frame t is all 10 t, and whose action t is t."""
-    np.save(folder / "a.npy", np.full((8, 8, 3, frames), 10 * np.arange(frames), np.uint8).transpose(3, 0, 1, 2))
-    np.save(folder / "a.actions.npy", np.arange(float(frames))[:, None])
-
-
-@pytest.mark.cli
-def test_a_training_clip_keeps_its_stride_and_its_actions(tmp_path):
-    counting_clip(tmp_path)
-    data = train.Clips(tmp_path, 3, 8, 2, tmp_path / "cache", 0)
-    clips, actions = data.batch(np.random.default_rng(0), 50)
-    at = clips[..., 0, 0, 0].astype(int) // 10
-    assert (np.diff(at) == 2).all(), "--stride 2 takes every second frame"
-    assert set(at[:, 0]) == {0, 1, 2}, "the first and the last place to start are both drawn"
-    assert np.allclose(actions[..., 0], np.maximum(at - 0.5, 0)), "row t: the mean of the actions that led to frame t"
-    assert (data.batch(np.random.default_rng(0), 1, 9)[0][0, -4:] == 60).all(), "too short for a preview: it stands still"
-
-
-@pytest.mark.cli
-def test_a_model_of_stride_two_goes_on_from_every_second_frame(tmp_path):
-    counting_clip(tmp_path)
-    args = Namespace(context=[tmp_path / "a.npy"], context_frames=2, batch=1, frames=3, device="cpu", actions=None)
-    context, actions = sample.load_inputs(args, tiny(action_dim=1), 2)
-    assert sample.to_bytes(context)[0, :, 0, 0, 0].tolist() == [0, 20], "frames 0 and 2: the stride first, then the cut"
-    assert actions[0, :, 0].tolist() == [0, 1.5, 3.5], "and the actions that led to them"
-
-
-@pytest.mark.cli
-def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
-    """Every kind of clip, one kind of mistake for each flag, and what the two scripts write."""
-    clips = tmp_path / "clips"
-    (clips / "deep" / "images").mkdir(parents=True)
-    for name in ("a.mp4", "b.gif", "deep/c.webm", "d.npy", "short.npy"):
-        writer = sample.VideoWriter(clips / name, 24, 24)
-        for frame in balls(1, 2 if "short" in name else 8, 24)[0]:
-            writer.write(frame)
-        writer.close()
-    for i, frame in enumerate(balls(1, 11, 20)[0]):
-        write_png(clips / "deep" / "images" / f"frame{i}.png", frame)
-    (clips / "notes.mp4").write_text("not a video")
-    np.save(clips / "a.actions.npy", np.ones((8, 2), np.float32))
-    flags = "--data clips --steps 3 --size 16 --clip-frames 4 --temporal gru --cache cache --device cpu".split()
-    out = run("train.py", *flags, cwd=tmp_path)
-    assert "5 clips (0 held out), 43 frames, 2 actions" in out and "short.npy" in out and "notes.mp4" in out, out
-    assert "frames/s" in out.splitlines()[-2] and "GB of memory" in out, f"say how fast it was, and how large: {out}"
-    missing = {"model.pt", "model.resume.pt", "model.csv", "model.rollout.mp4"} - set(os.listdir(tmp_path))
-    assert not missing, f"train.py did not write {missing}"
-    for suffix in (".mp4", ".gif", ".webm", ".npy"):
-        run("sample.py", "--frames", 7, "--context", clips / "a.mp4", "--context-frames", 2, "--steps", 2, "--scale", 1,
-            "--out", f"out{suffix}", "--device", "cpu", cwd=tmp_path)
-        assert sample.read_clip(tmp_path / f"out{suffix}", 16, 16).shape == (7, 16, 16, 3), f"{suffix}: frames got lost"
-        assert len(sample.read_clip(tmp_path / f"out{suffix}", 16, 16, 3)) == 3, f"{suffix}: the first frames alone"
-    assert "--resume" in run("train.py", *flags, cwd=tmp_path, code=2), "a finished model.pt is not overwritten"
-
-
-@pytest.mark.cli
-def test_a_frame_takes_the_time_until_the_next(monkeypatch):
-    clock, written = iter([0.0, 1.0, 3.0, 6.0]), []
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
-    writer = Namespace(write=written.append, close=lambda: written.append("closed"))
-    assert sample.write(torch.zeros(3, 1, 3, 2, 2), [writer]) == [1, 2, 3], "seconds of frames 0, 1 and 2"
-    assert len(written) == 4 and written[-1] == "closed", "every frame is written, then the file is closed"
-
-
-@pytest.mark.cli
-def test_images_are_ordered_by_number(tmp_path):
-    for i in range(12):
-        write_png(tmp_path / f"frame{i}.png", np.full((4, 4, 3), 20 * i, np.uint8))
-    assert sample.read_clip(tmp_path, 4, 4)[:, 0, 0, 0].tolist() == [20 * i for i in range(12)], "frame2 before frame10"
-    assert len(sample.read_clip(tmp_path, 4, 4, 5)) == 5, "the first images alone"
-
-
-@pytest.mark.cli
-@pytest.mark.parametrize("size", [8, 4])
-def test_a_long_npy_is_read_whole(tmp_path, size):
-    clip = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), np.uint8)
-    np.save(tmp_path / "long.npy", clip)
-    read = sample.read_clip(tmp_path / "long.npy", size, size)
-    means = clip.reshape(300, size, 8 // size, size, 8 // size, 3).mean((2, 4))
-    assert read.shape == (300, size, size, 3) and abs(read - means).max() <= 2, "pixels are averaged, frames all there"
-
-
-@pytest.mark.cli
-def test_every_clip_has_actions_of_its_own(tmp_path):
-    for name in "ab":
-        np.save(tmp_path / f"{name}.npy", np.zeros((4, 8, 8, 3), np.uint8))
-    np.save(tmp_path / "b.actions.npy", np.arange(6.0).reshape(3, 2))
-    args = Namespace(context=[tmp_path / "a.npy", tmp_path / "b.npy"], context_frames=2, batch=3, frames=5,
-                     device="cpu", actions=None)
-    context, actions = sample.load_inputs(args, tiny(action_dim=2), 1)
-    assert context.shape == (3, 2, 3, 8, 8), "contexts are taken in turn"
-    assert not actions[0].any() and not actions[2].any(), "a clip without a side file has no actions: zeros"
-    assert actions[1, :, 0].tolist() == [0, 2, 4, 0, 2], "actions that end are repeated"
-
-
-@pytest.mark.cli
-def test_actions_of_skipped_frames_are_averaged(tmp_path):
-    np.save(tmp_path / "a.npy", np.arange(6.0)[:, None])
-    assert sample.read_actions(tmp_path / "a.npy", stride=2)[::2, 0].tolist() == [0, 1.5, 3.5], "rows (1,2), (3,4)"
-
-
-@pytest.mark.cli
-@pytest.mark.parametrize("suffix", [".gif", ".npy"])
-def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
-    df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
-    run("sample.py", "--frames", 3, "--batch", 2, "--steps", 2, "--schedule", "pyramid", "--tile", 2, "--out", f"o{suffix}",
-        "--device", "cpu", cwd=tmp_path)
-    assert {f"o_0{suffix}", f"o_1{suffix}"} <= set(os.listdir(tmp_path)), "--batch N writes N files"
-    if suffix == ".npy":
-        a, b = (np.load(tmp_path / f"o_{i}.npy") for i in (0, 1))
-        assert a.shape == b.shape == (3, 8, 8, 3) and (a != b).any(), "each rollout has noise of its own"
-    else:
-        assert iio.imread(tmp_path / f"o_0{suffix}").shape[:3] == (3, 256, 256), "frames of 8x8 are enlarged to be watched"
-
-
-@pytest.mark.cli
-def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch):
-    told, model = {}, random_denoiser(action_dim=1)
-    df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict())
-    np.save(tmp_path / "a.npy", np.ones((2, 1), np.float32))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sample, "rollout", lambda model, K, *a, **options: told.update(options, K=K) or iter(()))
-    words = "--ckpt m.pt --schedule pyramid --uncertainty 2 --tile 3 --steps 4 --solver euler --seed 7 --actions a.npy"
-    monkeypatch.setattr(sys, "argv", ["sample.py", *words.split(), *"--device cpu --out o.npy".split()])
-    sample.main()
-    assert torch.equal(told["K"], df.scheduling_matrix("pyramid", 3, 4, 2.0)), "--schedule, --uncertainty, --tile, --steps"
-    assert told.get("solver") == "euler", "--solver"
-    assert told["generator"].initial_seed() == 7, "--seed"
-    assert told["actions"].all() and told["actions"].shape == (1, 256, 1), "--actions, repeated to --frames"
+    np.save(tmp_path / "clips" / "a.npy", np.zeros((4, 20, 60, 3), np.uint8) + np.arange(60, dtype=np.uint8)[:, None])
+    train_here(monkeypatch, tmp_path, *"--data clips --cache cache --steps 1 --size 8x24".split())
+    config = df.load_checkpoint(tmp_path / "model.pt")[0].config
+    assert (config.height, config.width) == (8, 24), "--size HEIGHTxWIDTH"
+    here(sample, *"--frames 2 --steps 1 --out o.npy --device cpu".split(), cwd=tmp_path)
+    assert np.load(tmp_path / "o.npy").shape == (2, 8, 24, 3), "and rollouts have that size"
+    assert sample.read_clip(tmp_path / "model.rollout.mp4", 256, 1536).shape == (5, 256, 1536, 3), "two rows of four clips"
 
 
 @pytest.mark.cli
@@ -1825,52 +1837,325 @@ def test_options_of_train_reach_the_model(tmp_path, monkeypatch):
 def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, mean, std):
     train_here(monkeypatch, tmp_path, "--steps", "1", *words.split())
     config = df.load_checkpoint(tmp_path / "model.pt")[0].config
-    assert config.causal == causal, "frames of one level tell of each other, both ways; a GRU never looks ahead"
+    assert config.causal == causal, "frames of one sigma tell of each other, both ways; a GRU never looks ahead"
     assert (config.P_mean, config.P_std) == (mean, std), "mixtures of levels need more of noise and of clean"
     shown = len(sample.read_clip(tmp_path / "model.rollout.mp4", 32, 64))
     assert shown == (4 if "full_sequence" in words else 5), "a model of full_sequence knows whole clips of 4 frames only"
 
 
+# ---- sample.py: clips in, clips out
+
+
+def write(path, clip, **options):
+    with sample.video_writer(path, *clip.shape[1:3], **options) as put:
+        for frame in clip:
+            put(frame)
+
+
 @pytest.mark.cli
-def test_context_noise_reaches_the_memory(tmp_path):
+def test_images_are_ordered_by_number_and_may_be_of_any_kind(tmp_path):
+    for i in range(12):
+        kind = (".png", ".jpg", ".bmp")[i % 3]
+        iio.imwrite(tmp_path / f"frame{i}{kind}", np.full((4, 6 + i, 3), 20 * i, np.uint8))
+    read = sample.read_clip(tmp_path, 4, 4)[:, 0, 0, 0].astype(int)
+    assert abs(read - 20 * np.arange(12)).max() <= 2, "frame2 before frame10; PNG, JPG and BMP of any size in one folder"
+    assert len(sample.read_clip(tmp_path, 4, 4, 5)) == 5, "the first images alone"
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for i in range(2):
+        iio.imwrite(deep / f"{i}.png", np.full((4, 4), 257 * (100 + i), np.uint16))
+    assert sample.read_clip(deep, 4, 4)[:, 0, 0].tolist() == [[100] * 3, [101] * 3], "16 bits are scaled to 8, grey to RGB"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("size", [8, 4])
+def test_a_long_npy_is_read_whole(tmp_path, size):
+    clip = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "long.npy", clip)
+    read = sample.read_clip(tmp_path / "long.npy", size, size)
+    assert read.shape == (300, size, size, 3)
+    if size == 8:
+        assert (read == clip).all(), "frames of the right size are not touched"
+    else:
+        means = clip.reshape(300, size, 2, size, 2, 3).mean((2, 4))
+        assert abs(read - means).mean() < 30, "smaller frames are averages, not single pixels"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("height,width,kept", [(4, 4, (3, 7)), (4, 8, (1, 9)), (4, 10, (0, 10)), (8, 10, (2.5, 7.5))])
+def test_frames_are_scaled_to_cover_and_cropped_to_the_centre(tmp_path, height, width, kept):
+    ramp = np.broadcast_to(np.arange(0, 240, 24, dtype=np.uint8)[:, None], (2, 4, 10, 3))  # column i is 24 i
+    np.save(tmp_path / "a.npy", ramp)
+    write(tmp_path / "a.mkv.mp4", ramp.repeat(8, 1).repeat(8, 2), scale=1)
+    for name in ("a.npy", "a.mkv.mp4"):
+        row = sample.read_clip(tmp_path / name, height, width)[0, height // 2, :, 0].astype(float)
+        left, right = (24 * (edge - 0.5) for edge in kept)  # values at the edges, half a column out
+        step = (right - left) / width
+        expected = np.clip(left + step * (np.arange(width) + 0.5), 0, 216)
+        assert abs(row - expected).max() < 13, f"{name}: columns {kept} of 10 should fill {height}x{width}, not {row}"
+
+
+@pytest.mark.cli
+def test_every_coded_frame_of_a_video_comes_through(tmp_path):
+    clip = balls(1, 40, 32)[0]
+    for name, codec in (("a.mkv", "libx264"), ("a.mp4", "libx264"), ("a.webm", "libvpx-vp9")):
+        iio.imwrite(tmp_path / name, clip, plugin="FFMPEG", fps=15, codec=codec, quality=None, macro_block_size=1, output_params=[
+            "-vf", "select='lt(n,10)+not(mod(n,6))'", "-fps_mode", "vfr"])  # 10 frames, then every sixth of 30
+        assert len(sample.read_clip(tmp_path / name, 32, 32)) == 15, f"{name}: frames of a variable rate repeated or dropped"
+        assert len(sample.read_clip(tmp_path / name, 32, 32, 3)) == 3, f"{name}: the first frames alone"
+
+
+@pytest.mark.cli
+def test_a_video_that_is_cut_off_or_damaged_is_refused(tmp_path, monkeypatch):
+    clip = balls(1, 100, 64)[0]
+    for name, codec, options in (("a.mkv", "libx264", []), ("a.webm", "libvpx-vp9", []), ("a.mp4", "libx264", ["-movflags", "faststart"])):
+        path = tmp_path / name
+        iio.imwrite(path, clip, plugin="FFMPEG", fps=15, codec=codec, quality=None, macro_block_size=1, output_params=options)
+        assert len(sample.read_clip(path, 32, 32)) == 100
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        refused(f"half of {name}", sample.read_clip, path, 32, 32)
+        path.write_bytes(whole)
+    real, calls = sample.imageio.v2.get_reader, []
+
+    class Killed:
+        def __init__(self, reader):
+            self.reader = reader
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.reader.close()
+
+        def __getattr__(self, name):
+            return getattr(self.reader, name)
+
+        def __iter__(self):
+            return itertools.islice(iter(self.reader), 50)
+
+    def first_is_killed(*args, **options):
+        calls.append(args)
+        return Killed(real(*args, **options)) if len(calls) == 1 else real(*args, **options)
+
+    monkeypatch.setattr(sample.imageio.v2, "get_reader", first_is_killed)
+    refused("a clip whose decoder was killed", sample.read_clip, tmp_path / "a.mkv", 32, 32)
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("suffix", [".npy", ".mp4", ".webm", ".gif"])
+def test_what_is_written_can_be_read_again(tmp_path, suffix):
+    clip = balls(1, 20, 32)[0]
+    write(tmp_path / f"a{suffix}", clip, scale=1)
+    read = sample.read_clip(tmp_path / f"a{suffix}", 32, 32).astype(int)
+    assert read.shape == clip.shape, f"{suffix}: frames got lost, or their size changed"
+    assert abs(read - clip).mean() < 4, f"{suffix}: other frames than were written"
+    if suffix == ".npy":
+        assert (read == clip).all() and (np.load(tmp_path / "a.npy") == clip).all(), ".npy keeps every bit"
+    else:
+        write(tmp_path / f"b{suffix}", clip)
+        assert sample.read_clip(tmp_path / f"b{suffix}", 256, 256).shape[1:3] == (256, 256), "enlarged to be watched"
+
+
+@pytest.mark.cli
+def test_frames_go_to_the_file_as_they_come(tmp_path):
+    frame = np.zeros((64, 64, 3), np.uint8)
+    with sample.video_writer(tmp_path / "a.npy", 64, 64) as put:
+        for _ in range(100):
+            put(frame)
+        assert (tmp_path / "a.npy").stat().st_size > 95 * frame.nbytes, "frames pile up in memory"
+    with pytest.raises(KeyboardInterrupt), sample.video_writer(tmp_path / "b.npy", 64, 64) as put:
+        put(frame)
+        raise KeyboardInterrupt
+    assert np.load(tmp_path / "b.npy").shape == (1, 64, 64, 3), "what was written before Ctrl-C is a whole file"
+
+
+@pytest.mark.cli
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("suffix", [".npy", ".mp4", ".webm", ".gif"])
+def test_a_full_disk_is_an_error(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").symlink_to("/dev/full")
+    with pytest.raises(OSError):
+        write(tmp_path / f"a{suffix}", np.zeros((3, 64, 64, 3), np.uint8))
+
+
+@pytest.mark.cli
+def test_actions_of_skipped_frames_are_averaged(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6.0)[:, None])
+    assert sample.read_actions(tmp_path / "a.npy", stride=2)[::2, 0].tolist() == [0, 1.5, 3.5], "rows (1,2), (3,4)"
+
+
+# ---- sample.py: the command
+
+
+def asked(**options):
+    return Namespace(**(dict(context=[], context_frames=2, batch=1, frames=3, device="cpu", actions=None) | options))
+
+
+@pytest.mark.cli
+def test_a_model_of_stride_two_goes_on_from_every_second_frame(tmp_path):
+    counting_clip(tmp_path)
+    context, actions = sample.load_inputs(asked(context=[tmp_path / "a.npy"]), tiny(action_dim=1), 2)
+    assert sample.to_bytes(context)[0, :, 0, 0, 0].tolist() == [0, 20], "frames 0 and 2: the stride first, then the cut"
+    assert actions[0, :, 0].tolist() == [0, 1.5, 3.5], "and the actions that led to them"
+
+
+@pytest.mark.cli
+def test_every_clip_has_actions_of_its_own(tmp_path):
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "b.actions.npy", np.arange(6.0).reshape(3, 2))
+    args = asked(context=[tmp_path / "a.npy", tmp_path / "b.npy"], batch=3, frames=5)
+    context, actions = sample.load_inputs(args, tiny(action_dim=2), 1)
+    assert context.shape == (3, 2, 3, 8, 8), "contexts are taken in turn"
+    assert not actions[0].any() and not actions[2].any(), "a clip without a side file has no actions: zeros"
+    assert actions[1, :, 0].tolist() == [0, 2, 4, 0, 2], "actions that end are repeated"
+
+
+@pytest.mark.cli
+def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
+    """Every kind of clip, and what the two scripts write, as a user calls them."""
+    clips = tmp_path / "clips"
+    (clips / "deep" / "images").mkdir(parents=True)
+    for name in ("a.mp4", "b.gif", "deep/c.webm", "d.npy", "short.npy"):
+        write(clips / name, balls(1, 2 if "short" in name else 8, 24)[0])
+    for i, frame in enumerate(balls(1, 11, 20)[0]):
+        iio.imwrite(clips / "deep" / "images" / f"frame{i}.png", frame)
+    (clips / "notes.mp4").write_text("not a video")
+    np.save(clips / "a.actions.npy", np.ones((8, 2), np.float32))
+
+    def run(script, *words, code=0):
+        done = subprocess.run([sys.executable, HERE / script, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == code, f"{script} {words}: exit status {done.returncode}\n{done.stderr[-2000:]}"
+        return done.stdout + done.stderr
+
+    flags = "--data clips --steps 3 --size 16 --clip-frames 4 --temporal gru --cache cache --device cpu".split()
+    out = run("train.py", *flags)
+    assert "5 clips (0 held out, 1 with actions), 43 frames; 2 skipped" in out and "short.npy" in out and "notes.mp4" in out, out
+    missing = {"model.pt", "model.resume.pt", "model.csv", "model.rollout.mp4"} - set(os.listdir(tmp_path))
+    assert not missing, f"train.py did not write {missing}"
+    out = run("sample.py", *"--frames 7 --context clips/a.mp4 --context-frames 2 --steps 2 --device cpu".split())
+    assert "7/7" in out and "frames/s" in out, "a progress bar with its speed"
+    assert sample.read_clip(tmp_path / "rollout.mp4", 16, 16).shape == (7, 16, 16, 3), "frames got lost"
+    last = run("train.py", *flags, code=2).strip().splitlines()[-1]
+    assert last.startswith("error:") and "--resume" in last, "a finished model.pt is not overwritten, and one line says so"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("suffix", [".gif", ".npy"])
+def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
+    df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
+    here(sample, *f"--frames 3 --batch 2 --steps 2 --schedule pyramid --out o{suffix} --device cpu".split(), cwd=tmp_path)
+    assert {f"o_0{suffix}", f"o_1{suffix}"} <= set(os.listdir(tmp_path)), "--batch N writes N files"
+    if suffix == ".npy":
+        a, b = (np.load(tmp_path / f"o_{i}.npy") for i in (0, 1))
+        assert a.shape == b.shape == (3, 8, 8, 3) and (a != b).any(), "each rollout has noise of its own"
+    else:
+        assert iio.imread(tmp_path / f"o_0{suffix}").shape[:3] == (3, 256, 256), "frames of 8x8 are enlarged to be watched"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("words,kind,tile,period", [
+    ("--schedule pyramid --uncertainty 2.5", "pyramid", 1, 2.5), ("--schedule autoregressive", "autoregressive", 1, 4),
+    ("--schedule full_sequence --tile 3", "full_sequence", 3, 4), ("--schedule full_sequence", "full_sequence", 6, 4)])
+def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch, words, kind, tile, period):
+    told, model = {}, random_denoiser(action_dim=1, clip_frames=6)
+    df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict())
+    np.save(tmp_path / "a.npy", np.ones((2, 1), np.float32))
+    monkeypatch.setattr(sample, "rollout", lambda model, K, *a, **options: told.update(options, K=K) or iter(()))
+    here(sample, *words.split(), *"--ckpt m.pt --steps 4 --solver euler --seed 7 --actions a.npy".split(),
+         *"--device cpu --out o.npy".split(), cwd=tmp_path)
+    assert torch.equal(told["K"], df.scheduling_matrix(kind, tile, 4)), "--schedule, --tile, --steps"
+    assert told["period"] == period, "a pyramid is one column with period --uncertainty; others start when the last copy ends"
+    assert told.get("solver") == "euler", "--solver"
+    assert told["generator"].initial_seed() == 7, "--seed"
+    assert told["actions"].all() and told["actions"].shape == (1, 256, 1), "--actions, repeated to --frames"
+
+
+@pytest.mark.cli
+def test_context_noise_reaches_the_history(tmp_path):
     df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
     np.save(tmp_path / "clip.npy", balls(1, 4)[0])
     clips = []
     for words in ("", "--context-noise 0.05", "--context-noise 2"):
-        words = f"--context clip.npy --frames 5 --steps 2 --out o.npy --device cpu {words}"
-        run("sample.py", *words.split(), cwd=tmp_path)
+        here(sample, *f"--context clip.npy --frames 5 --steps 2 --out o.npy --device cpu {words}".split(), cwd=tmp_path)
         clips.append(np.load(tmp_path / "o.npy"))
     assert (clips[0] == clips[1]).all(), "the default is the checkpoint's, 0.05"
     assert (clips[0][:4] == clips[2][:4]).all() and (clips[0][4] != clips[2][4]).any(), "the frame after hazy ones differs"
 
 
 @pytest.mark.cli
-def test_show_schedule_prints_the_table_that_readers_ask_about(tmp_path):
-    out = run("sample.py", *"--show-schedule --context-frames 2 --frames 4 --steps 10".split(), cwd=tmp_path)
-    expected = [f"0 0 {k}" for k in range(10, -1, -1)] + [f"0 0 0 {k}" for k in range(10, -1, -1)]
-    assert out.splitlines() == expected, "rows of the autoregressive matrix, zeros in front for what is done"
+@pytest.mark.parametrize("words,rows", [
+    ("--context-frames 2 --frames 4 --steps 2", ["0 0 2 2", "0 0 1 2", "0 0 0 2", "0 0 0 1", "0 0 0 0"]),
+    ("--schedule pyramid --uncertainty 0.5 --frames 3 --steps 2", ["2 2 2", "1 1 2", "0 0 1", "0 0 0"]),
+    ("--schedule full_sequence --tile 2 --frames 3 --steps 2", ["2 2 2", "1 1 2", "0 0 2", "0 0 1", "0 0 0"])])
+def test_show_schedule_prints_the_endless_matrix(tmp_path, words, rows):
+    assert here(sample, "--show-schedule", *words.split(), cwd=tmp_path).splitlines() == rows, "one row for each step, 0 for context"
 
 
 @pytest.mark.cli
-@pytest.mark.parametrize("script,words", [
-    ("sample.py", "--ckpt none.pt"), ("sample.py", "--frames 0"), ("sample.py", "--frames 2.5"), ("sample.py", "--out a.xyz"),
-    ("sample.py", "--out none/a.mp4"), ("sample.py", "--ckpt junk.pt"), ("sample.py", "--schedule none"),
-    ("sample.py", "--ckpt ok.pt --context none.mp4"), ("sample.py", "--ckpt ok.pt --context short.npy"),
-    ("sample.py", "--ckpt ok.pt --schedule pyramid --uncertainty -1"),
-    ("sample.py", "--ckpt ok.pt --context short.npy --context-frames 2 --out short.npy"),
-    ("sample.py", "--ckpt ok.pt --context short.npy --context-frames 2 --out short.actions.npy"),
-    ("sample.py", "--ckpt ok.pt --actions none.npy"), ("train.py", "--out old.pt"),
-    ("train.py", "--data none"), ("train.py", "--data empty"), ("train.py", "--data . --cache cache --size 15"),
-    ("train.py", "--resume"), ("train.py", "--out none/model.pt"), ("train.py", "--batch 0"), ("train.py", "--size 8"),
-    ("train.py", "--out ."),
+def test_a_stopped_rollout_keeps_what_it_wrote(tmp_path, monkeypatch):
+    df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
+    real = sample.rollout
+
+    def interrupted(*args, **options):
+        yield from itertools.islice(real(*args, **options), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "rollout", interrupted)
+    said = here(sample, *"--frames 9 --steps 1 --out o.npy --device cpu".split(), cwd=tmp_path, code=2)
+    assert "stopped after 3 of 9 frames" in said and np.load(tmp_path / "o.npy").shape[0] == 3, said
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("text", ["1e-3", "0.5", "2"])
+def test_rates_are_read_however_they_are_written(text):
+    assert sample.positive_float(text) == float(text), "a number above 0, in any notation"
+
+
+@pytest.mark.cli
+def test_only_what_a_user_can_mend_is_told_in_one_line(capsys):
+    with pytest.raises(ValueError), sample.mistakes():
+        raise ValueError("a bug of ours: it keeps its traceback")
+    with pytest.raises(RuntimeError), sample.mistakes(ValueError):
+        raise RuntimeError("another bug")
+    for error, said in ((ValueError("a bad option"), "a bad option"), (FileNotFoundError(2, "No such file", "a.mp4"), "a.mp4: No such file"),
+                        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "--batch"),
+                        (MemoryError("Unable to allocate 3 TiB"), "--batch"), (KeyboardInterrupt(), "stopped")):
+        with pytest.raises(SystemExit) as end, sample.mistakes(ValueError):
+            raise error
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and said in lines[0], lines
+    with pytest.raises(SystemExit), sample.mistakes():
+        torch.empty(10**15)
+    assert "out of memory" in capsys.readouterr().err, "so does torch on a CPU say it"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("script,words,said", [
+    (sample, "--ckpt none.pt", "none.pt"), (sample, "--frames 0", "--frames"), (sample, "--frames 2.5", "--frames"),
+    (sample, "--out a.xyz", "--out"), (sample, "--out none/a.mp4", "--out"), (sample, "--ckpt junk.pt", "junk.pt"),
+    (sample, "--schedule none", "--schedule"), (sample, "--ckpt ok.pt --context none.mp4", "none.mp4"),
+    (sample, "--ckpt ok.pt --context short.npy", "--context-frames"), (sample, "--uncertainty 0", "--uncertainty"),
+    (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.npy", "overwrite"),
+    (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.actions.npy", "overwrite"),
+    (sample, "--ckpt ok.pt --actions none.npy", "none.npy"), (sample, "--ckpt both.pt --out o.npy", "one copy"),
+    (sample, "--device nonsense", "--device"), (train, "--out old.pt", "old.resume.pt exists"),
+    (train, "--data none", "--data"), (train, "--data empty", "--data"), (train, "--data . --cache cache --size 15", "15x15"),
+    (train, "--resume", "model.resume.pt"), (train, "--out none/model.pt", "--out"), (train, "--batch 0", "--batch"),
+    (train, "--size 8", "two balls"), (train, "--size 8x", "--size"), (train, "--size 16x32", "square"), (train, "--out .", "--out"),
+    (train, "--seed -1", "--seed"), (train, "--steps -1", "--steps"), (train, "--init junk.pt", "junk.pt"),
 ])
-def test_a_users_mistake_is_one_line_and_status_two(tmp_path, script, words):
+def test_a_users_mistake_is_one_line_and_status_two(tmp_path, script, words, said):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "old.resume.pt").write_bytes(b"of a run whose old.pt was moved: not to be lost")
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
-    df.save_checkpoint(tmp_path / "ok.pt", tiny(), random_denoiser().state_dict())
+    for name, options in (("ok.pt", {}), ("both.pt", dict(causal=False))):
+        df.save_checkpoint(tmp_path / name, tiny(**options), random_denoiser().state_dict())
     before = set(os.listdir(tmp_path))
-    error = run(script, *words.split(), *(["--device", "cpu"]), cwd=tmp_path, code=2)
-    assert "error:" in error.strip().split("\n")[-1], f"the last line says what is wrong:\n{error}"
+    error = here(script, *([] if "--device" in words else ["--device", "cpu"]), *words.split(), cwd=tmp_path, code=2)
+    last = error.strip().split("\n")[-1]
+    assert "error:" in last and said in last, f"the last line says what is wrong:\n{error}"
     assert set(os.listdir(tmp_path)) == before, "nothing is written before the mistake is found"

@@ -37,9 +37,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, aside,
-                               diffusion_forcing_loss, load_checkpoint, rollout, save_checkpoint,
-                               scheduling_matrix)
-from sample import (SOLVER, STEPS, fail, find_device, list_images, mistakes, positive,
+                               diffusion_forcing_loss, load_checkpoint, need, rollout,
+                               save_checkpoint, scheduling_matrix)
+from sample import (SOLVER, STEPS, fail, find_device, in_words, list_images, mistakes, positive,
                     positive_float, read_actions, read_clip, side_file, to_bytes, to_frames,
                     video_writer)
 
@@ -67,8 +67,7 @@ RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from an
 BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
 
 
-# ---- data: batch(rng, n, T, held) -> clips (n, T, H, W, 3) uint8, actions (n, T, A) float32;
-#      held: of the clips that are held out ----------------------------------------------------------
+# ---- data: batch(rng, n, T, held) -> clips (n, T, H, W, 3) uint8, actions (n, T, A) float32 ------
 
 
 def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=8, speed=SPEED):
@@ -103,63 +102,51 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=
 
 
 class Balls:
-    """Two bouncing balls: no clip is ever seen twice, so that every clip is a held-out one."""
-
-    action_dim, held_out, mark = 0, True, "balls"
+    action_dim, held_out = 0, True  # no clip is ever seen twice: each is as good as held out
 
     def __init__(self, s):
+        need(s.size[0] == s.size[1], f"--size {s.size}: the box of the balls is a square")
         self.size = s.size[0]
-        if s.size != (self.size, self.size):
-            fail("--size: the box of the balls is a square")
 
     def batch(self, rng, n, num_frames, held=False):
-        return (bouncing_balls(n, num_frames, rng, self.size),
-                np.zeros((n, num_frames, 0), np.float32))
+        clips = bouncing_balls(n, num_frames, rng, self.size)
+        return clips, np.zeros((n, num_frames, 0), np.float32)
 
 
 class Clips:
     """A folder of clips. Each is decoded once and memory-mapped: training waits for no decoder."""
 
     def __init__(self, s):
-        self.stride, self.clips, skipped = s.stride, [], []  # clips: (file, length, actions)
-        self.span = (s.clip_frames - 1) * s.stride + 1  # how many frames a training clip reaches over
-        if not Path(s.data).is_dir():
-            fail(f"--data {s.data}: there is no such folder")
+        need(Path(s.data).is_dir(), f"--data {s.data}: there is no such folder")
         for left in Path(s.cache).glob("*.tmp"):  # by a run that was killed
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
-        bar = tqdm(find_clips(s.data, s.cache), f"decoding to {s.cache}", unit=" clips",
-                   disable=RANK > 0)
-        for file in bar:
+        self.stride, self.clips, skipped = s.stride, [], 0  # clips: (path, length, actions)
+        self.span = (s.clip_frames - 1) * s.stride + 1  # frames that a training clip covers
+        files = find_clips(s.data, s.cache)
+        for file in tqdm(files, f"decoding to {s.cache}", unit=" clips", disable=RANK > 0):
             try:
-                path, length = cached_clip(file, s.size, Path(s.cache))
-                side, rows = side_file(file), None
-                if length < self.span:
-                    raise ValueError(f"{file}: {length} frames; {self.span} are needed")
-                if side.exists():
-                    rows = read_actions(side, s.stride)
-                    if len(rows) < length:
-                        raise ValueError(f"{side}: {len(rows)} rows for {length} frames")
+                (path, length), side = cached_clip(file, s.size, Path(s.cache)), side_file(file)
+                rows = read_actions(side, s.stride) if side.exists() else None
+                need(length >= self.span, f"{file}: {length} frames; {self.span} are needed")
+                need(rows is None or len(rows) >= length,
+                     f"{side}: {0 if rows is None else len(rows)} rows for {length} frames")
                 self.clips.append((path, length, rows))
             except (OSError, ValueError) as error:
-                skipped.append(f"skipped {error}")
-        print(*skipped, sep="\n", end="\n" * bool(skipped))
+                tqdm.write(f"skipped {in_words(error)}", sys.stdout)
+                skipped += 1
         widths = {rows.shape[1] for *_, rows in self.clips if rows is not None}
-        if not self.clips or len(widths) > 1:
-            fail(f"--data {s.data}: actions of different widths {sorted(widths)}" if widths else
-                 f"--data {s.data}: no clip of {self.span} or more frames")
+        need(self.clips, f"--data {s.data}: no clip of {self.span} or more frames")
+        need(len(widths) < 2, f"--data {s.data}: actions of different widths, {sorted(widths)}")
         self.action_dim = max(widths, default=0)
-        names = repr([path.name for path, *_ in self.clips])  # they tell of the content
-        self.mark = hashlib.sha256(names.encode()).hexdigest()
         starts = np.array([length - self.span + 1 for _, length, _ in self.clips])
         held = np.arange(1, len(starts) + 1) % HELD_OUT == 0  # whole clips
         self.held_out = bool(held.any())
         self.share = {h: w / w.sum() for h, w in ((False, starts * ~held), (True, starts * held))
                       if w.any()}  # how often each clip is drawn: by its length
-        print(f"{len(starts)} clips ({held.sum()} held out), "
-              f"{sum(length for _, length, _ in self.clips)} frames, {self.action_dim} actions "
-              f"({sum(rows is not None for *_, rows in self.clips)} side files); "
-              f"{len(skipped)} skipped")
+        acted = sum(rows is not None for *_, rows in self.clips)
+        print(f"{len(starts)} clips ({held.sum()} held out, {acted} with actions), "
+              f"{sum(length for _, length, _ in self.clips)} frames; {skipped} skipped")
 
     def batch(self, rng, n, num_frames, held=False):
         clips, actions = [], np.zeros((n, num_frames, self.action_dim), np.float32)
@@ -177,18 +164,21 @@ def find_clips(folder, cache):
     """Videos, .npy files and folders of images at any depth, each once, hidden ones left out."""
     found, seen = {}, {os.path.realpath(cache)}  # seen: folders, so that a loop of links ends
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != "." and
-                            os.path.realpath(os.path.join(parent, name)) not in seen)
-        seen.update(os.path.realpath(os.path.join(parent, name)) for name in folders)
-        clips = [Path(parent, name) for name in sorted(files) if name[0] != "." and
-                 name.lower().endswith(VIDEOS) and not name.endswith(NO_CLIPS)]
-        for path in [Path(parent)] * (len(list_images(Path(parent))) > 1) + clips:
-            found.setdefault(os.path.realpath(path), path)
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in sorted(folders) if name[0] != "."]
+        for name in [".", *sorted(files)]:
+            path = Path(parent, name)
+            if (len(list_images(path)) > 1 if name == "." else name[0] != "." and
+                    name.lower().endswith(VIDEOS) and not name.endswith(NO_CLIPS)):
+                found.setdefault(os.path.realpath(path), path)
     return sorted(found.values())
 
 
 def cached_clip(file, size, cache):
-    """-> path and length of a .npy, uint8 (T, H, W, 3), named by all that its content depends on."""
+    """-> path and length of a .npy, uint8 (T, H, W, 3), named by all that it was made from."""
     parts = list_images(file) if file.is_dir() else [file]
     made_from = [(os.path.abspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
     path = cache / (hashlib.sha256(f"{made_from} {size}".encode()).hexdigest()[:24] + ".npy")
@@ -230,17 +220,15 @@ def measure(data, s):
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def size(text):
+def height_width(text):
     """An argparse type: 64 or 64x112 -> (height, width)."""
-    numbers = [positive(n) for n in text.lower().split("x")]
-    if len(numbers) > 2:
-        raise argparse.ArgumentTypeError(f"{text}: 64, or 64x112 for height x width, is needed")
-    return numbers[0], numbers[-1]
+    height, *width = [positive(n) for n in text.lower().split("x")]
+    return (height, *(width or [height]))[:2]
 
 
 def parse_args():
-    """-> the settings of the run, from the command line, --resume, --init and --preset; the model to
-    start from, if any; what else --resume has saved."""
+    """-> the settings of the run, from the command line, --resume, --init and --preset; the model
+    to start from, if there is one; what else --resume finds saved."""
     p = argparse.ArgumentParser(description=__doc__, epilog="presets: " + "; ".join(
         f"{name}: " + ", ".join(f"{k}={v}" for k, v in preset.items()) for name, preset in
         PRESETS.items()), formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,7 +236,7 @@ def parse_args():
     add("--data", help="folder of clips, any depth (default: the bouncing balls)")
     add("--out", default="model.pt", help="checkpoint (%(default)s)")
     add("--preset", choices=PRESETS, help="default: base with --data and CUDA, else small")
-    add("--size", type=size, help="height and width in pixels, or HEIGHTxWIDTH (of the preset)")
+    add("--size", type=height_width, help="pixels: 64, or 64x112, height first (of the preset)")
     add("--clip-frames", type=positive, default=16, help="frames of a training clip (%(default)s)")
     add("--stride", type=positive, default=1, help="take every n-th frame of a clip (%(default)s)")
     add("--batch", type=positive, help="clips of one pass (of the preset)")
@@ -265,25 +253,22 @@ def parse_args():
         "rollouts, and as the past in teacher forcing (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise (%(default)s)")
     add("--device", help="cuda, mps or cpu (the first of them that is there)")
-    add("--cache", default=os.path.expanduser("~/.cache/diffusion_forcing"),
-        help="folder of decoded clips (%(default)s)")
+    add("--cache", default=os.path.expanduser("~/.cache/diffusion_forcing"), help="decoded clips")
     add("--init", help="a checkpoint to start from: its weights, and its settings as defaults")
     add("--resume", action="store_true", help="go on from --out's .resume.pt")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     given = p.parse_args()
-    out, resume = Path(given.out), Path(given.out).with_suffix(".resume.pt")
-    if out.suffix != ".pt" or out.is_dir() or not out.parent.is_dir():
-        fail(f"--out {out}: a .pt file in an existing folder is needed")
-    if given.seed < 0:
-        fail(f"--seed {given.seed}: at least 0 is needed")
-    there = [str(path) for path in (out, resume) if path.exists()]
-    if there and not (given.resume or given.overwrite):
-        fail(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew")
+    out = Path(given.out)
+    need(out.suffix == ".pt" and not out.is_dir() and out.parent.is_dir(),
+         f"--out {out}: a .pt file in an existing folder is needed")
+    resume = out.with_suffix(".resume.pt")
+    there = [path for path in (out, resume) if path.exists()]
+    need(not there or given.resume or given.overwrite,
+         f"{[*there, ''][0]} exists: --resume goes on with it, --overwrite starts anew")
     device, model, saved = find_device(given.device), None, {}
     if given.resume:
         model, saved = load_checkpoint(resume)
-        if "log" not in saved:
-            fail(f"{resume} is not of this version of train.py: --overwrite starts anew")
+        need("log" in saved, f"{resume} is not of this train.py: --overwrite starts anew")
         p.set_defaults(**saved["settings"])
     else:
         base = given.data and device.startswith("cuda")
@@ -291,23 +276,22 @@ def parse_args():
         p.set_defaults(window=given.clip_frames, preset=preset, **PRESETS[preset])
         if given.init:
             model, _ = load_checkpoint(given.init)
-            c = model.config
-            p.set_defaults(size=(c.height, c.width), dim=c.dim, dim_mults=c.dim_mults,
-                           **{k: getattr(c, k) for k in ("clip_frames", "window", "temporal",
-                                                         "context_noise")})
+            c = dataclasses.asdict(model.config)
+            same = ("clip_frames", "window", "temporal", "context_noise", "dim", "dim_mults")
+            p.set_defaults(size=(c["height"], c["width"]), **{k: c[k] for k in same})
     if given.steps or given.minutes:  # the length that is asked for, and no other
         p.set_defaults(steps=None, minutes=None)
     s = p.parse_args()
     s.device = device
-    differ = [f"--{k.replace('_', '-')} {saved['settings'][k]}, not {getattr(s, k)}" for k in FIXED
-              if saved and getattr(s, k) != saved["settings"][k]]
-    if differ:
-        fail(f"{resume} was made with {'; '.join(differ)}")
-    if given.init and s.temporal != model.config.temporal:
-        fail(f"{given.init} was made with --temporal {model.config.temporal}")
-    if s.accumulate % WORLD:
-        fail(f"--accumulate {s.accumulate}: a multiple of the {WORLD} processes is needed")
-    Config(height=s.size[0], width=s.size[1], dim=s.dim, dim_mults=s.dim_mults)  # told before decoding
+    for k in FIXED:
+        was = saved["settings"][k] if saved else getattr(s, k)
+        need(getattr(s, k) == was, f"--{k.replace('_', '-')} {getattr(s, k)}: {resume} has {was}")
+    need(s.seed >= 0, f"--seed {s.seed}: at least 0 is needed")
+    need(not given.init or s.temporal == model.config.temporal,
+         f"--temporal {s.temporal}: {given.init} has another")
+    need(s.accumulate % WORLD == 0,
+         f"--accumulate {s.accumulate}: a multiple of the {WORLD} processes is needed")
+    Config(height=s.size[0], width=s.size[1], dim=s.dim, dim_mults=s.dim_mults)  # raises at once
     return s, model, saved
 
 
@@ -320,10 +304,9 @@ def new_model(s, data, init):
         temporal=s.temporal, context_noise=s.context_noise, **suits, **measure(data, s))
     torch.manual_seed(s.seed)
     model = Denoiser(config)
-    weights = init.state_dict() if init else {}  # all that fit: other clips may have other actions
-    own = model.state_dict()
-    model.load_state_dict(own | {k: w for k, w in weights.items() if k in own
-                                 and w.shape == own[k].shape})
+    own, given = model.state_dict(), init.state_dict() if init else {}
+    model.load_state_dict(own | {k: w for k, w in given.items()  # those of other actions do not fit
+                                 if k in own and w.shape == own[k].shape})
     return model
 
 
@@ -385,12 +368,9 @@ def main():
             if turn == (RANK == 0):
                 data = Clips(s) if s.data else Balls(s)
             everywhere(0)
-        if not saved:
-            model = new_model(s, data, model)
-        elif data.action_dim != model.config.action_dim:
-            fail(f"--data {s.data} has {data.action_dim} actions, unlike when the run began")
-        elif saved["mark"] != data.mark:
-            print("note: the clips have changed since this run began")
+        model = model if saved else new_model(s, data, model)
+        need(data.action_dim == model.config.action_dim,
+             f"--data {s.data} has {data.action_dim} actions, unlike when the run began")
     config = model.config
     model = model.to(s.device).train()
     ema = copy.deepcopy(model).to(s.device).eval()  # .to: a GRU's copy is in pieces before
@@ -398,10 +378,14 @@ def main():
     weights = [*model.parameters(), *expected_loss.parameters()]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.99))
     parts = dict(ema=ema, expected_loss=expected_loss, optimizer=optimizer)
-    for name, part in parts.items():
-        if saved:
+    step, elapsed, log = 0, 0.0, LOG
+    total, count = 0.0, 0  # sum and number of the losses since the last row of the log
+    if saved:
+        for name, part in parts.items():
             part.load_state_dict(saved[name])
-    step, elapsed, log = (saved.get(k, new) for k, new in (("step", 0), ("elapsed", 0.0), ("log", LOG)))
+        step, elapsed, log, total, count = (saved[k] for k in ("step", "elapsed", "log", "total",
+                                                               "count"))
+    saved.clear()  # frees its memory
 
     # bfloat16, and a compiled network, where the GPU is made for it
     cuda = s.device.startswith("cuda")
@@ -411,8 +395,8 @@ def main():
         network = torch.compile(network)  # TORCH_COMPILE_DISABLE=1 switches it off
     if WORLD > 1:
         network, expect = DistributedDataParallel(network), DistributedDataParallel(expect)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, preset {s.preset}, "
-          f"{s.device}, {'bfloat16' if fast else 'float32'}")
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, preset {s.preset} "
+          f"on {s.device} in {'bfloat16' if fast else 'float32'}")
 
     # Ctrl-C: the step is finished, and saved; a second one ends at once (torchrun sends two)
     stop, out, resume = [], Path(s.out), Path(s.out).with_suffix(".resume.pt")
@@ -421,9 +405,8 @@ def main():
                       or signal.signal(n, signal.SIG_DFL))
     bar = tqdm(total=1.0, disable=RANK > 0,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
-    pool, start, total, count = ThreadPoolExecutor(1), time.monotonic() - elapsed, 0, 0
-    told = saved_at = elapsed  # when the last row of the log, and the last checkpoint, were written
-    saved.clear()  # frees its memory
+    pool, start = ThreadPoolExecutor(1), time.monotonic() - elapsed
+    told, told_at, saved_at = step, elapsed, elapsed  # since when: speed; the last checkpoint
     prepare = lambda step: [  # the batches of this process for a step
         draw(data, s, s.batch, s.clip_frames, step * s.accumulate + part)
         for part in range(RANK, s.accumulate, WORLD)]
@@ -435,38 +418,40 @@ def main():
         if count and (end or step % 20 == 0):
             loss = everywhere(total / count, dist.ReduceOp.SUM) / WORLD
             if not math.isfinite(loss):
+                bar.close()
                 fail(f"the loss of steps {step - count} to {step} is {loss}: a lower --lr may help"
                      + f". {resume} is whole, and --resume goes on with it" * (saved_at > 0))
         if count and step % 20 == 0:
-            speed = count * s.accumulate * s.batch * s.clip_frames / (elapsed - told)
+            speed = (step - told) * s.accumulate * s.batch * s.clip_frames / (elapsed - told_at)
             losses = validate(ema, data, s) if step % 500 == 0 else [math.nan] * 3
             log += ",".join(f"{v:.6g}" for v in (step, loss, lr, *losses, speed, elapsed)) + "\n"
             bar.set_postfix_str(f"step {step}, loss {loss:.4f}, {speed:.0f} frames/s")
             bar.update(min(done, 1) - bar.n)
-            total, count, told = 0, 0, elapsed
+            total, count, told, told_at = 0.0, 0, step, everywhere(time.monotonic() - start)
         if RANK == 0 and (end or step % 20 == 0 and elapsed - saved_at > 60 * s.save_minutes):
             settings = {k: v for k, v in vars(s).items()
                         if k not in ("out", "device", "init", "resume", "overwrite")}
             save_checkpoint(resume, config, model.state_dict(), step=step, elapsed=elapsed, log=log,
-                            mark=data.mark, settings=settings,
+                            total=float(total), count=count, settings=settings,
                             **{name: part.state_dict() for name, part in parts.items()})
             save_checkpoint(out, config, ema.state_dict(), step=step, stride=s.stride)
             out.with_suffix(".csv").write_text(log)
             saved_at = elapsed
             if not end:
                 preview(out.with_suffix(".preview.mp4"), ema, data, s, 2 * s.clip_frames)
+                told, told_at = step, time.monotonic() - start
         if end:
             break
 
         # one step: the losses of all passes, AdamW, the moving average
-        batches, upcoming = upcoming.result(), pool.submit(prepare, step + 1)  # drawn during the step
+        batches, upcoming = upcoming.result(), pool.submit(prepare, step + 1)  # during this step
         for i, (x, actions, generator) in enumerate(batches, 1):
             for module in (network, expect):  # processes exchange gradients once for each step
                 module.require_backward_grad_sync = i == len(batches)
             with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=fast):
-                loss = diffusion_forcing_loss(network, x, config, forcing=s.forcing, actions=actions,
-                                              generator=generator, expected_loss=expect)
-            loss = loss / len(batches)
+                loss = diffusion_forcing_loss(
+                    network, x, config, forcing=s.forcing, actions=actions, generator=generator,
+                    expected_loss=expect) / len(batches)
             loss.backward()
             total = total + loss.detach()
         lr = s.lr * min(1, (step + 1) / s.warmup) * min(1, 2 * (1 - done))  # up, constant, down
