@@ -144,7 +144,6 @@ class Config:
 
 # ==== 2. Noise: every frame has its own sigma. These lines make it Diffusion Forcing. ============
 
-
 def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", generator=None):
     """-> sigma (B, T) for training, in frame units: ln sigma ~ Normal(P_mean, P_std^2).
 
@@ -178,7 +177,6 @@ def per_frame(v):
 #    What F gets and what it is asked for have unit variance at every sigma. At low noise, it is
 #    asked for minus the noise; at high noise, for the frame. mu is the mean of the data (EDM: 0).
 
-
 def edm_scalings(sigma, sigma_data):
     """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma (EDM, Table 1). Here the label
     c_noise is relative to sigma_data."""
@@ -198,7 +196,6 @@ def loss_weight(sigma, sigma_data):
 
 # ==== 4. The training loss (paper, Algorithm 1). =================================================
 
-
 def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion", actions=None,
                            generator=None, expected_loss=None):
     """Weighted denoising loss of clips x (B, T, C, H, W) -> scalar. Algorithm 1 of the paper.
@@ -206,10 +203,10 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
     `forcing` selects the training paradigm, and nothing else changes:
       "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
-      "teacher"        next-frame prediction: the past is clean but for context_noise, as history is.
+      "teacher"        next-frame prediction: all frames before it are clean, like history.
     sigma (B, T) takes the place of the random one. actions (B, T, A): row t drives the change into
-    frame t. With an ExpectedLoss, which says u, each frame counts as loss / exp(u) + u. Raises
-    ValueError for a sigma that is not above 0, and for shapes that do not fit.
+    frame t. With an ExpectedLoss, each frame counts as loss / exp(u) + u. Raises ValueError for a
+    sigma that is not above 0, and for shapes that do not fit.
     """
     B, T = x.shape[:2]
     drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
@@ -232,15 +229,15 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
 
 
 class ExpectedLoss(nn.Module):
-    """-> u (B, T), the logarithm of the loss to expect of each frame, from its sigma (B, T) and from
-    the sigma_past with which it sees the four frames before it. Learned beside the denoiser, and
-    used in training only.
+    """-> u (B, T): exp(u) is the loss to expect of each frame, when its sigma (B, T) is known, and
+    sigma_past (B, T), with which it sees the frames before it: the last four of them. Learned
+    beside the denoiser, and used in training only.
 
     A frame with little noise, or after nearly clean frames, has a far smaller loss than a noisy one
-    after noisy ones. A plain sum would be all about the latter, and rollouts are made of the former.
-    Divided by what is to be expected, every mixture counts the same. The optimal denoiser stays what
-    it was: exp(u) scales a loss, and does not depend on the frames. (EDM2, arXiv 2312.02696, where u
-    knows a frame's own sigma alone; Kendall et al., arXiv 1705.07115.)
+    after noisy ones. A plain sum would be all about the latter, but rollouts are made of the
+    former. Divided by what is to be expected, every mixture counts the same. The optimal denoiser
+    stays what it was: exp(u) scales a loss, and does not depend on what the frames show. (EDM2,
+    arXiv 2312.02696, where u knows a frame's own sigma alone; Kendall et al., arXiv 1705.07115.)
     """
 
     def __init__(self, config, past=4, width=64):
@@ -261,7 +258,6 @@ class ExpectedLoss(nn.Module):
 
 # ==== 5. Scheduling matrices (paper, section 3.3): the level of each frame at each step. =========
 
-
 def karras_sigmas(num_steps, config):
     """-> (S+1,) the sigma of each level, in frame units: [0] = 0, [1] = sigma_min, [S] = sigma_max
     (EDM, eq. 5, in increasing order). A single step starts at sigma_max."""
@@ -279,9 +275,9 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
 
-    What a pyramid costs: one network call serves all frames in flight, at most S / u of them. So T
-    frames take S + floor(u (T - 1)) calls, of which the first ones fill the pyramid and the last ones
-    drain it. Endless, as ONE column with period = u (see `rollout`), it takes u calls for each frame.
+    What a pyramid costs: one network call serves all frames in flight, about S / u of them. So T
+    frames take S + floor(u (T - 1)) calls: the first ones fill the pyramid, the last ones drain it.
+    Endless, as ONE column with period = u (see `rollout`), it takes u calls for each frame.
     Raises ValueError for another kind, no frame, no step, or an uncertainty below 0.
     """
     need(kind in SCHEDULES, f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
@@ -305,10 +301,8 @@ def endless_level(matrix, period, row, t):
 
 # ==== 6. Sampling and rollout (paper, Algorithm 2). ==============================================
 
-
 def sample(model, matrix, context=None, **options):
-    """One copy of the matrix, behind the context -> (B, T_context + matrix.shape[1], C, H, W).
-    Takes the options of rollout."""
+    """rollout of one copy of the matrix -> (B, T_context + matrix.shape[1], C, H, W)."""
     num_frames = matrix.shape[1] + (0 if context is None else context.shape[1])
     return torch.stack(list(rollout(model, matrix, num_frames, context, **options)), 1)
 
@@ -358,7 +352,7 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     need(0 < period < math.inf, f"period is {period}; a number above 0 is needed")
     next_copy = matrix[(torch.arange(M + 1) - math.floor(period)).clamp(min=0), 0]
     in_order = (matrix.diff(dim=1) >= 0).all() and (next_copy >= matrix[:, -1]).all()
-    need(in_order or not config.causal, "in no row may a frame be cleaner than one before it, for a "
+    need(in_order or not config.causal, "in no row may a frame be cleaner than one before it, as a "
          f"causal model could not use it: take another matrix, or a longer period than {period}")
     longest = min(given + T, config.window)
     need(config.causal or num_frames is not None and num_frames <= longest,
@@ -436,7 +430,6 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
 
 
 # ==== 7. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
-
 
 class Denoiser(nn.Module):
     """D(x; sigma): noisy frames and their sigma -> denoised frames, and the next state."""
@@ -557,7 +550,6 @@ class Block(nn.Module):
 #    two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A clean frame sees
 #    the clean frames up to itself; a noisy frame sees the clean frames before it, and itself.
 
-
 class TemporalAttention(nn.Module):
     """Banded causal attention: a frame sees the last `window` frames, itself included. State: keys
     (before rotation) and values of the last window - 1 frames, (N, heads, window - 1, d) each.
@@ -644,7 +636,6 @@ def rotary(x, cos, sin):
 
 # ==== 9. Spatial blocks: every frame by itself, x (BT, C, h, w). =================================
 
-
 class ResBlock(nn.Module):
     """Two convolutions. The scale and shift between them tell of sigma and action."""
 
@@ -704,7 +695,6 @@ def zero(layer):
 
 
 # ==== 10. Checkpoints are written aside and then renamed: what is at `path` is always whole. ======
-
 
 @contextmanager
 def aside(path, own=""):

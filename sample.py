@@ -151,8 +151,8 @@ def read_frames(path, height, width):
             again, quarters = (sum(1 for _ in decode(*how)) for how in
                                (("scale=2:2", *every), ("fps=4,scale=2:2",)))
             if count < again or quarters / 4 < 0.9 * duration - 0.5:
-                raise ValueError(f"{count} frames, {quarters / 4} of {duration} seconds: cut off or "
-                                 "damaged (is only its sound longer? then ffmpeg -an helps)")
+                raise ValueError(f"{count} frames, {quarters / 4} of {duration} seconds: cut off "
+                                 "or damaged (is only its sound longer? then ffmpeg -an helps)")
 
 
 def list_images(folder):
