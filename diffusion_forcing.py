@@ -6,9 +6,9 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
      One network, causal in time, learns to denoise every mixture of known and unknown frames.
   3. In sampling you choose the mixture. A matrix of levels says how noisy each frame is at each
      step: one row for each step, one column for each frame.
-  4. "Frame after frame", "all frames together" and all between are only different matrices.
-  5. Finished frames leave the matrix and enter the state of the network, which does not grow. So a
-     rollout can go on for ever.
+  4. "Frame after frame", "all frames together" and everything between: only the matrix differs.
+  5. Finished frames enter the state of the network. This state does not grow, so that a rollout
+     can go on for ever.
 
 Training: sigma, the noise of each frame, in three clips. Sampling: three matrices (S = 4 steps).
 
@@ -20,11 +20,11 @@ Training: sigma, the noise of each frame, in three clips. Sampling: three matric
                                        0 4 4 4           0 2 4 4           0 0 0 0       v
                                        0 3 4 4           0 1 3 4
                                          ...               ...
-Why history carries noise: generated frames are slightly wrong, and later frames would build on the
-errors. A little noise hides the errors, and the network is told how much noise there is, so that
-such a history looks like one that it was trained on. The noise is really added: in training every
-frame has just the noise that its label says, and a label without its noise would be a lie. The
-price is a little memory of the past. (The paper calls this stabilization.)
+Why history carries noise: generated frames are slightly wrong, and the errors would grow from frame
+to frame. A little noise hides them, and the network is told how much noise there is, so that such a
+history is like those it was trained on. The noise is really added, because in training every frame
+has exactly the noise that its label says. Given frames get it too: history looks always the same.
+The price: fine details of the past are lost. (The paper calls this stabilization.)
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -32,24 +32,23 @@ Glossary
   x               frames, pixels in [-1, 1]; a noisy frame is x + sigma * standard normal noise
   sigma (B, T)    how much noise each frame has: its standard deviation, in the units of x
   D               what the denoiser says: the mean of all clean frames that fit the noisy ones
-  S, k            number of sampling steps; a level k in 0..S, where 0 is clean and S is pure noise
-  K (M+1, T)      scheduling matrix: K[m, t] is the level of frame t before step m
+  S, k            sampling steps of one frame; a level k in 0..S, where 0 is clean, S pure noise
+  K (M+1, T)      scheduling matrix of M steps: K[m, t] is the level of frame t before step m
   context         the given frames that a rollout goes on from
   history         finished frames, and context, as the network sees them: with a little noise
   state           what the network keeps of the history: keys and values, or a hidden state
-  in flight       neither pure noise nor finished: the frames that a sampling step works on
+  in flight       started and not yet finished: the frames that a sampling step works on
 
 Departures from the paper: sigma, preconditioning, weighting and steps without randomness are those
-of EDM (Karras et al., arXiv 2206.00364), not those of discrete DDPM; the weights of the loss are
-learned (ExpectedLoss); a step may use the one before it (DPM-Solver++); attention with a cache can
-take the place of the GRU; the GRU works at every place of a U-Net (in the paper it is
-convolutional); rows of the matrix are in the order of sampling; noise on history is really added.
+of EDM (Karras et al., arXiv 2206.00364), not those of DDPM; the weights of the loss are learned;
+a step may use the D of the last step (DPM-Solver++); attention with a cache can take the place of
+the GRU, which works at every place of a U-Net (in the paper it is convolutional); rows of the
+matrix are in the order of sampling (in the paper, reversed); noise on history is really added.
 
-Does not include: autoencoders, text conditioning, guidance, discrete noise. To use latents of your
-own autoencoder in place of pixels, set channels, height and width of Config to theirs, patch = 1,
-and measure data_mean and sigma_data on them: nothing in this file needs x to be pixels.
-
-Read on from top to bottom: the method comes first, the network after it.
+Does not include: autoencoders, text conditioning, guidance, discrete levels of noise. To use
+latents of your own autoencoder in place of pixels, set channels, height and width of Config to
+theirs and patch = 1, and measure data_mean and sigma_data on them (scale all channels to about the
+same deviation first: there is one sigma_data). Nothing in this file needs x to be pixels.
 """
 
 import itertools
@@ -87,26 +86,28 @@ class Config:
     height: int = 32
     width: int = 32
     channels: int = 3
-    action_dim: int = 0              # how many numbers say what led to a frame; 0: no actions
+    action_dim: int = 0              # numbers in the action that leads to a frame; 0: no actions
     clip_frames: int = 16            # T in training; a rollout goes far beyond it
 
     temporal: str = "attention"      # where frames meet: "attention" or "gru"
     causal: bool = True              # False: a two-way model, in which frames also see later ones
-    window: int = 16                 # attention: a frame sees this many frames, itself included
+    window: int = 16                 # attention: a frame sees itself and window - 1 frames back
     patch: int = 2                   # the U-Net works at 1/patch of the resolution
     dim: int = 32                    # channels at the highest resolution of the U-Net ...
     dim_mults: tuple = (1, 2)        # ... and their multiples, one for each resolution
     head_dim: int = 16               # channels of one attention head
 
-    sigma_data: float = 0.5          # standard deviation of the training frames, measured
-    data_mean: tuple = ()            # mean of each channel, measured; (): zeros
-    action_scale: tuple = ()         # root mean square of each action, measured; (): ones
+    # measured on the training clips:
+    sigma_data: float = 0.5          # standard deviation around data_mean
+    data_mean: tuple = ()            # mean of each channel; (): zeros
+    action_scale: tuple = ()         # root mean square of each action; (): ones
+
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
     P_std: float = 2.4               # ... and this standard deviation, twice as wide as in EDM
     sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
     sigma_max: float = 80.0          # and then to 0
     rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
-    context_noise: float = 0.05      # sigma of the history; the reason is at the top of this file
+    context_noise: float = 0.05      # sigma of all history, also of finished frames: see the top
 
     def __post_init__(self):
         self.dim_mults = tuple(self.dim_mults)
@@ -122,7 +123,7 @@ class Config:
         need(self.temporal in ("attention", "gru"),
              f"temporal is {self.temporal!r}; 'attention' or 'gru' is needed")
         need(self.causal or self.temporal == "attention", "a GRU is always causal")
-        need(self.head_dim > 0 == self.head_dim % 2, f"head_dim {self.head_dim} is no even number")
+        need(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} is not even")
         dims = [self.dim * m for m in self.dim_mults]
         need(all(d > 0 and d % 8 == 0 and d % self.head_dim == 0 for d in dims),
              f"channels {dims}: multiples of 8 and of head_dim {self.head_dim} are needed")
@@ -174,8 +175,8 @@ def per_frame(v):
 #
 #    D(x; sigma) = mu + c_skip (x - mu) + c_out F(c_in (x - mu); c_noise)
 #
-#    What F gets and what it is asked for have unit variance at every sigma. At low noise, it is
-#    asked for minus the noise; at high noise, for the frame. mu is the mean of the data (EDM: 0).
+#    The input and the target of F have unit variance at every sigma. The target is about minus the
+#    noise at low sigma, and the frame at high sigma. mu is the mean of the data (in EDM: 0).
 
 def edm_scalings(sigma, sigma_data):
     """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma (EDM, Table 1). Here the label
@@ -203,14 +204,14 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
     `forcing` selects the training paradigm, and nothing else changes:
       "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
-      "teacher"        next-frame prediction: all frames before it are clean, like history.
-    sigma (B, T) takes the place of the random one. actions (B, T, A): row t drives the change into
-    frame t. With an ExpectedLoss, each frame counts as loss / exp(u) + u. Raises ValueError for a
-    sigma that is not above 0, and for shapes that do not fit.
+      "teacher"        next-frame prediction: the frames before it have context_noise, like history.
+    sigma (B, T) takes the place of the random one. actions (B, T, A): row t is the action that
+    leads to frame t. With an ExpectedLoss, each frame counts as loss / exp(u) + u. Raises
+    ValueError for a sigma that is not above 0, and for shapes that do not fit.
     """
     B, T = x.shape[:2]
     drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
-    sigma = drawn if sigma is None else sigma
+    sigma = drawn if sigma is None else sigma  # the noise below is the same with a given sigma
     need(sigma is drawn or sigma.shape == (B, T) and (sigma > 0).all(),
          f"sigma is {tuple(sigma.shape)}; ({B}, {T}) numbers above 0 are needed")
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
@@ -229,15 +230,14 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
 
 
 class ExpectedLoss(nn.Module):
-    """-> u (B, T): exp(u) is the loss to expect of each frame, when its sigma (B, T) is known, and
-    sigma_past (B, T), with which it sees the frames before it: the last four of them. Learned
-    beside the denoiser, and used in training only.
+    """-> u (B, T): exp(u) is the expected loss of a frame, from its own sigma (B, T) and from the
+    sigma_past (B, T) of the four frames before it. Trained beside the denoiser; not for sampling.
 
-    A frame with little noise, or after nearly clean frames, has a far smaller loss than a noisy one
-    after noisy ones. A plain sum would be all about the latter, but rollouts are made of the
-    former. Divided by what is to be expected, every mixture counts the same. The optimal denoiser
-    stays what it was: exp(u) scales a loss, and does not depend on what the frames show. (EDM2,
-    arXiv 2312.02696, where u knows a frame's own sigma alone; Kendall et al., arXiv 1705.07115.)
+    A frame after nearly clean frames, or with little noise, often has a far smaller loss than a
+    noisy one after noisy ones. A plain mean is mostly about the latter, but a rollout needs the
+    former. Divided by what is expected, every mixture counts the same. The optimal denoiser stays
+    what it was: exp(u) scales a loss, and does not depend on what the frames show. (EDM2, arXiv
+    2312.02696, where u knows a frame's own sigma alone; Kendall et al., arXiv 1705.07115.)
     """
 
     def __init__(self, config, past=4, width=64):
@@ -275,27 +275,27 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
 
-    What a pyramid costs: one network call serves all frames in flight, about S / u of them. So T
-    frames take S + floor(u (T - 1)) calls: the first ones fill the pyramid, the last ones drain it.
-    Endless, as ONE column with period = u (see `rollout`), it takes u calls for each frame.
-    Raises ValueError for another kind, no frame, no step, or an uncertainty below 0.
+    What a pyramid costs (u <= S): one call of the network serves all frames in flight, about S / u.
+    So T frames take S + floor(u (T - 1)) calls: the first ones fill the pyramid, the last ones
+    drain it. An endless one, rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u),
+    takes u calls for each frame. Raises ValueError for what cannot work.
     """
     need(kind in SCHEDULES, f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
     need(num_frames >= 1, f"num_frames is {num_frames}; at least 1 is needed")
     need(num_steps >= 1, f"num_steps is {num_steps}; at least 1 is needed")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
     u = {"full_sequence": 0, "autoregressive": num_steps, "pyramid": uncertainty}[kind]
-    start = torch.tensor([math.floor(u * t) for t in range(num_frames)])  # (T,), the row of it
+    start = torch.tensor([math.floor(u * t) for t in range(num_frames)])  # (T,)
     m = torch.arange(num_steps + int(start[-1]) + 1)  # (M+1,)
     return (num_steps + start - m[:, None]).clamp(0, num_steps)
 
 
 def endless_level(matrix, period, row, t):
-    """The level of frame t in a row of the endless matrix; t = 0 is the first frame behind the
-    context. `matrix` (a list of rows) is laid along time copy after copy, and copy j starts
-    floor(j * period) rows after copy 0."""
+    """The level in a row of the endless matrix of frame t, counted from the end of the context.
+    Copies of `matrix`, a list of rows, follow each other in time: copy j starts floor(j * period)
+    rows after copy 0. Before that its frames are at level S, and after its end at 0."""
     copy, column = divmod(t, len(matrix[0]))
-    row -= math.floor(copy * period)  # Python's numbers: a tensor of floats would round
+    row -= math.floor(copy * period)  # as in scheduling_matrix; float32 would round much sooner
     return 0 if t < 0 else matrix[min(max(row, 0), len(matrix) - 1)][column]
 
 
@@ -313,12 +313,11 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     then each frame as soon as it is finished. Memory and the time for a frame do not grow.
 
     model       anything that is called like Denoiser.forward; config defaults to model.config
-    matrix      (M+1, T) integers, from a row of S to a row of 0
+    matrix      (M+1, T) integers, from a row of S to a row of 0; see endless_level for period
+    period      rows between the starts of two copies; default M: when the last copy is finished
     num_frames  counts the context; None: go on for ever, or until the actions end
-    context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips from nothing
-    period      the matrix is laid along time copy after copy; copy j starts floor(j * period) rows
-                after copy 0. Default M: a copy starts when the one before it is finished
-    actions     (B, num_frames or more, action_dim); row t drives the change into frame t
+    context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
+    actions     (B, num_frames or more, action_dim); row t is the action that leads to frame t
     solver      "multistep" or "euler"
     A two-way model (causal=False) keeps no state: it can roll out one copy, within its window.
     Raises ValueError for what cannot work, before anything is computed.
@@ -329,9 +328,9 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
         need(batch_size >= 1, f"batch_size is {batch_size}; at least 1 is needed")
         weights = model.parameters() if isinstance(model, nn.Module) else iter(())
         context = next(weights, torch.empty(0)).new_empty(batch_size, 0, *size)
-    need(context.ndim == 5 and context.shape[2:] == size,
-         f"context is {tuple(context.shape)}; (B, T) and then {size} are needed")
-    B, given = context.shape[:2]
+    need(context.ndim == 5 and context.shape[2:] == size and context.is_floating_point(),
+         f"context is {context.dtype} {tuple(context.shape)}; floats (B, T, *{size}) are needed")
+    B, given = context.shape[:2]  # given: number of context frames
     if actions is not None:
         need(actions.ndim == 3 and actions.shape[::2] == (B, config.action_dim), f"actions are "
              f"{tuple(actions.shape)}; ({B}, number of frames, {config.action_dim}) is needed")
@@ -364,7 +363,7 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
 
 @dataclass
 class Frame:
-    """What `roll` keeps of each frame that is not in the state yet; x, eps, D are (B, C, H, W)."""
+    """What `roll` keeps of each frame that is not in the state yet. x, eps, D: (B, C, H, W)."""
 
     t: int                     # its number in the video, context included
     x: torch.Tensor
@@ -375,7 +374,7 @@ class Frame:
 
 @torch.no_grad()
 def roll(model, matrix, num_frames, context, period, actions, solver, generator, config):
-    """The loop of `rollout`: one pass for each row of the endless matrix."""
+    """The loop of `rollout`: one network call for each row in which a level changes."""
     (B, given, *size), S = context.shape, matrix[0][0]
     sigmas = karras_sigmas(S, config).to(context.dtype)  # (S+1,), on the CPU
     context_noise = config.in_frame_units(config.context_noise)
@@ -388,8 +387,8 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     for row in itertools.count():
         if given_out == num_frames:
             return
-        # Join: a frame joins in the row in which it starts. Before that it is pure noise, which
-        # tells nobody anything, and costs nothing. (A two-way model gets all frames at once.)
+        # Join: a frame joins in the row in which it starts. Before that it costs nothing: it is
+        # pure noise, and only later frames could see it. (A two-way model gets all at once.)
         while joined != num_frames and (level(row + 1, joined) < S or not config.causal):
             x = float(sigmas[S]) * noise()
             frames.append(Frame(joined, x, noise(), x))
@@ -397,9 +396,10 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         now, after = ([level(r, frame.t) for frame in frames] for r in (row, row + 1))
         if now == after:  # nothing moves: no call
             continue
-        # Mark the history: finished frames get context_noise, and the label says so. In this call,
-        # once, they enter the state. (No frame before them is unfinished: `rollout` has checked.)
-        s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each
+        # Mark the history: finished frames get context_noise, and the label says so. This is the
+        # first call after they finished: in it they enter the state. (All before them are finished:
+        # `rollout` has checked. A two-way model has no state, and sees them in every call.)
+        s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each, for n frames in this call
         added = context_noise * (s == 0).to(s)
         finished = now.count(0) if config.causal else 0
         # The multistep solver (DPM-Solver++(2M), arXiv 2211.01095) looks ahead: D_half is D halfway
@@ -408,7 +408,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         s_last = torch.tensor([frame.s_last for frame in frames]).to(s)
         ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)
         ahead = ahead * (solver == "multistep")
-        # Denoise. One copy to the device for each row: each copy makes a GPU wait.
+        # Denoise. All small numbers go to the device at once: each transfer makes a GPU wait.
         label, *factors = torch.stack([s + added, added, ahead, s_next / s]).to(context)
         added, ahead, shrink = map(per_frame, factors)
         x, eps, D_last = (torch.stack([getattr(frame, name) for frame in frames], 1)
@@ -425,7 +425,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         # Leave: what is in the state is not needed here any more. Give out what is finished.
         frames = frames[finished:]
         while given_out < joined and level(row + 1, given_out) == 0:
-            yield frames[given_out - joined].x.clone()
+            yield frames[given_out - joined].x.clone()  # counted from the last frame
             given_out += 1
 
 
@@ -460,25 +460,28 @@ class Denoiser(nn.Module):
         """x (B, T, C, H, W), sigma (B, T), all above 0 -> denoised (B, T, C, H, W), state.
 
         state    what the last call returned, about the frames before x[:, 0]; None: there are none
-        commit   the state moves on by the first `commit` frames of this call; None: by all of
-                 them; 0: it comes back as it was
+        commit   how many frames of this call, from its first on, enter the state; None: all; 0:
+                 the state comes back as it was
         actions  (B, T, action_dim); None: zeros
         history  for teacher forcing, (x_clean (B, T, C, H, W), sigma_clean (B, T)): each frame sees
                  the clean frames before it, and itself. One pass makes all T predictions, because
                  2T frames, [clean | noisy], go through the network together.
-        Raises ValueError for actions of another shape, and on a CPU for a sigma of 0.
+        Raises ValueError for shapes that do not fit, and on a CPU for a sigma of 0.
         """
-        (B, T), A = x.shape[:2], self.config.action_dim
-        need(actions is None or actions.shape == (B, T, A), f"actions must be ({B}, {T}, {A})")
+        (B, T), c = x.shape[:2], self.config
+        need(x.shape[2:] == (c.channels, c.height, c.width) and sigma.shape == (B, T),
+             f"x {tuple(x.shape)}, sigma {tuple(sigma.shape)} do not fit Config, or each other")
+        need(actions is None or actions.shape == (B, T, c.action_dim),
+             f"actions must be ({B}, {T}, {c.action_dim})")
         need(sigma.device.type != "cpu" or (sigma > 0).all(),  # a GPU would have to wait for this
              "sigma must be above 0, for its label is a logarithm: give even clean frames a little")
         if history is not None:
-            need(state is None and self.config.causal,
+            need(state is None and c.causal,
                  "history needs a causal denoiser that starts without a state")
             x, sigma = torch.cat([history[0], x], 1), torch.cat([history[1], sigma], 1)  # 2T frames
             commit = T if commit is None else commit  # the clean frames come first
             actions = None if actions is None else torch.cat([actions, actions], 1)
-        *scalings, c_noise = edm_scalings(sigma, self.config.sigma_data)
+        *scalings, c_noise = edm_scalings(sigma, c.sigma_data)
         c_skip, c_out, c_in = map(per_frame, scalings)
         centred = x - self.data_mean
         out, new_state = self.network(c_in * centred, c_noise, state, actions, commit,
@@ -491,8 +494,8 @@ class Denoiser(nn.Module):
         B, T = x.shape[:2]
         emb = self.embed_noise(c_noise)  # (B,T,E)
         if self.embed_action is not None:
-            none = emb.new_zeros(B, T, self.config.action_dim)
-            emb = emb + self.embed_action(none if actions is None else actions / self.action_scale)
+            zeros = emb.new_zeros(B, T, self.config.action_dim)
+            emb = emb + self.embed_action(zeros if actions is None else actions / self.action_scale)
         emb = F.silu(emb).flatten(0, 1)  # (BT,E)
         new = []
 
@@ -517,7 +520,7 @@ class Denoiser(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block in space, attention in space (lowest resolution only), a mixer in time."""
+    """A residual block in space, attention in space (middle block only), a mixer in time."""
 
     def __init__(self, dim_in, dim_out, width, config, spatial_attention=False):
         super().__init__()
@@ -544,24 +547,24 @@ class Block(nn.Module):
 # ==== 8. Temporal mixers: x (N, T, C) -> (N, T, C), and the state after `commit` frames. ==========
 #
 #    Streaming is exact: 16 frames in one call, or 5, then 1, then 10 with the state handed on, give
-#    the same numbers, also past the window. For attention, the state holds the last window - 1
-#    frames, which are all that the next one may see; for a GRU, the state is all that it knows.
+#    the same numbers (but for rounding), also past the window. What the state keeps of a frame
+#    never changes, as no frame sees a later one; and it keeps all that the next frame may see: for
+#    attention, the last window - 1 frames; a GRU remembers nothing but its state.
 #
 #    two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A clean frame sees
 #    the clean frames up to itself; a noisy frame sees the clean frames before it, and itself.
 
 class TemporalAttention(nn.Module):
-    """Banded causal attention: a frame sees the last `window` frames, itself included. State: keys
-    (before rotation) and values of the last window - 1 frames, (N, heads, window - 1, d) each.
-
-    With window = clip_frames, the band cuts nothing in training, but it does in a rollout. And what
-    one mixer saw, the next one hears of: through five of them, from 5 (window - 1) frames back."""
+    """Banded causal attention: a frame sees the last `window` frames, itself included (two-way: as
+    many ahead). State: keys (before rotation) and values of the last window - 1 frames or fewer,
+    (N, heads, window - 1, d) each. With window = clip_frames, the band cuts nothing in training.
+    Through n mixers, one after the other, a frame still learns of n (window - 1) frames back."""
 
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
         self.head_dim, self.window, self.causal = head_dim, window, causal
-        # The bias is a constant in q and k. Once rotated, it depends on their distance in time
-        # alone, so a head can look "n frames back", whatever the frames show.
+        # Its bias is a constant in q and in k. Once both are rotated, their product depends on the
+        # distance in time alone, so a head can look "n frames back", whatever the frames show.
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = zero(nn.Linear(dim, dim))
 
@@ -583,7 +586,7 @@ class TemporalAttention(nn.Module):
         sees = (ago < self.window) & (ago >= 0 if self.causal else ago > -self.window)
         if two_streams:
             noisy, itself = torch.arange(T, device=x.device) >= T // 2, torch.eye(T).to(sees)
-            sees = sees & ~noisy & ~(noisy[:, None] & (ago == 0)) | itself
+            sees = sees & ~noisy & ~(noisy[:, None] & (ago == 0)) | itself  # (queries,keys)
         cos, sin = rotation(position, self.head_dim)
         q, k = rotary(q, cos[-T:], sin[-T:]), rotary(k, cos, sin)
         # CUDA's attention kernels take at most 65,535 sequences in one call.
@@ -619,7 +622,7 @@ class TemporalGRU(nn.Module):
 
 def rotation(position, dim):
     """cos and sin (T, d) of the angles by which frames at `position` (T,) turn (RoPE, arXiv
-    2104.09864). The first pair of channels turns by a quarter for each frame, the last hundreds of
+    2104.09864). The first pair of channels turns by a quarter for each frame, the last up to 1000
     times slower. A pair is a channel of the first half and the same one of the second."""
     half = torch.arange(dim // 2, device=position.device) / (dim // 2)
     angle = position[:, None] * (math.pi / 2 * 1000.0**-half)  # (T,d/2)
@@ -637,7 +640,7 @@ def rotary(x, cos, sin):
 # ==== 9. Spatial blocks: every frame by itself, x (BT, C, h, w). =================================
 
 class ResBlock(nn.Module):
-    """Two convolutions. The scale and shift between them tell of sigma and action."""
+    """Two convolutions. The scale and shift between them carry sigma and action."""
 
     def __init__(self, dim_in, dim_out, width):
         super().__init__()
@@ -679,8 +682,8 @@ class NoiseEmbedding(nn.Module):
         super().__init__()
         frequency = torch.logspace(-0.5, 1.5, width // 4)
         self.register_buffer("frequency", frequency, persistent=False)
-        first, second = nn.Linear(width // 2, width), nn.Linear(width, width)
-        self.layers = nn.Sequential(first, nn.SiLU(), second)
+        self.layers = nn.Sequential(nn.Linear(width // 2, width), nn.SiLU(),
+                                    nn.Linear(width, width))
 
     def forward(self, c_noise):
         angle = c_noise[..., None] * self.frequency
@@ -698,8 +701,10 @@ def zero(layer):
 
 @contextmanager
 def aside(path, own=""):
-    """-> a path to write to. It takes the place of `path` at the end, or goes if anything fails."""
-    temporary = Path(f"{path}{own}.tmp")  # always the same: what a killed process left is replaced
+    """-> a path to write to. It takes the place of `path` at the end; if anything fails, it goes.
+    It is always the same, so that what a killed process left is replaced. own: a mark of this
+    process, for files that several may write at once."""
+    temporary = Path(f"{path}{own}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -380,6 +380,14 @@ def test_actions_that_do_not_fit_are_refused():
 
 
 @pytest.mark.loss
+def test_frames_that_do_not_fit_are_refused():
+    for what, x, sigma in (("one channel, which would be broadcast to three", torch.randn(1, 2, 1, 8, 8), torch.ones(1, 2)),
+                           ("frames of another size", torch.randn(1, 2, 3, 8, 16), torch.ones(1, 2)),
+                           ("one sigma for two frames", torch.randn(1, 2, 3, 8, 8), torch.ones(1, 1))):
+        refused(what, random_denoiser(), x, sigma)
+
+
+@pytest.mark.loss
 def test_a_history_needs_a_causal_model_and_no_state():
     x, sigma = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
     model, both_ways = random_denoiser(), random_denoiser(causal=False)
@@ -883,7 +891,7 @@ def test_rollout_refuses_what_it_cannot_do():
         ("a matrix of one axis", K[0], {}), ("levels below 0", K - 1, {}),
         ("a period of 0", K, dict(period=0)), ("an endless period", K, dict(period=math.inf)),
         ("a period that makes a frame cleaner than one of the copy before", K, dict(period=1.9)),
-        ("context of another size", K, dict(context=clip[..., :4])),
+        ("context of another size", K, dict(context=clip[..., :4])), ("context of bytes", K, dict(context=clip.byte())),
         ("context of one channel", K, dict(context=clip[:, :, :1])), ("2 frames after 2 of context, 1 in all", K,
                                                                       dict(context=clip, num_frames=1)),
     ]:

@@ -398,11 +398,15 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, preset {s.preset} "
           f"on {s.device} in {'bfloat16' if fast else 'float32'}")
 
-    # Ctrl-C: the step is finished, and saved; a second one ends at once (torchrun sends two)
+    # Ctrl-C: the step is finished, and saved; a second one ends at once (torchrun itself sends two)
+    def ask_to_stop(number, _):
+        stop.append(number)
+        if WORLD == 1:
+            signal.signal(number, signal.SIG_DFL)
+
     stop, out, resume = [], Path(s.out), Path(s.out).with_suffix(".resume.pt")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stop.append(n) or WORLD > 1
-                      or signal.signal(n, signal.SIG_DFL))
+        signal.signal(number, ask_to_stop)
     bar = tqdm(total=1.0, disable=RANK > 0,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
     pool, start = ThreadPoolExecutor(1), time.monotonic() - elapsed
