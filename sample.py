@@ -11,7 +11,6 @@
 
 import argparse
 import contextlib
-import functools
 import itertools
 import logging
 import re
@@ -38,11 +37,16 @@ logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of frame
 
 
 def in_words(error):
-    return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+    """An error, in one line."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return f"{error.filename}: {reason}" if getattr(error, "filename", None) else reason
 
 
 def fail(error):
     """A user's mistake: one line, and exit status 2."""
+    for bar in list(getattr(tqdm, "_instances", [])):  # so that it is a line of its own
+        bar.leave = False
+        bar.close()
     print("error:", in_words(error), file=sys.stderr)
     sys.exit(2)
 
@@ -65,19 +69,21 @@ def mistakes(*kinds):
 
 def positive(text, kind=int):
     """An argparse type: a number above 0."""
-    if not 0 < kind(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return kind(text)
+    with contextlib.suppress(ValueError):
+        if 0 < kind(text) < float("inf"):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
 
 
-positive_float = functools.partial(positive, kind=float)
+def positive_float(text):
+    return positive(text, float)
 
 
 def find_device(name=None):
-    """The device of that name if there is one; by default the first of cuda, mps, cpu."""
+    """The device of that name if it works; by default the first of cuda, mps and cpu that does."""
     for device in [name] if name else ["cuda", "mps", "cpu"]:
         with contextlib.suppress(RuntimeError, AssertionError, ImportError):
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
             return device
     fail(f"--device {name}: there is none on this machine")
 
@@ -112,27 +118,25 @@ def read_clip(path, height, width, limit=None):
             clip.append(TF.center_crop(TF.resize(x, size), [height, width]).movedim(0, -1))
         if not clip:
             raise ValueError("no frame in it")
+        return torch.stack(clip).numpy()
     except Exception as error:  # whatever a foreign or damaged file provokes
         said = re.findall(r"^\[.*?\] (?!Format .* score)(.*)", str(error), re.M)  # by ffmpeg
-        raise ValueError(f"{path}: {[*said, *str(error).splitlines(), repr(error)][0]}") from error
-    return torch.stack(clip).numpy()
+        reason = [*said, *str(error).splitlines(), repr(error)][0]
+        if type(error) is not ValueError:
+            reason = f"cannot be read ({reason})"
+        raise ValueError(f"{path}: {reason}") from error
 
 
 def read_frames(path, height, width):
     """-> iterator over the frames (h, w, 3) of a clip: all coded ones, whatever their time stamps.
     Those of a video are already scaled, by ffmpeg: three times as fast as whole frames."""
     if path.is_dir():
-        for image in list_images(path):
-            frame = iio.imread(image, plugin="pillow", rotate=True)
-            if frame.dtype == np.uint16:  # grey values, which Pillow would clip
-                yield (frame // 257).astype(np.uint8)[..., None].repeat(3, -1)
-            else:
-                yield iio.imread(image, plugin="pillow", rotate=True, mode="RGB")
+        yield from map(read_image, list_images(path))
     elif path.suffix.lower() == ".npy":
-        clip = np.load(path, mmap_mode="r", allow_pickle=False)
+        clip = load_npy(path)
         if clip.dtype.kind == "f" and ((clip >= 0) & (clip <= 1)).all():
             clip = (clip * 255).round().astype(np.uint8)
-        if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
+        if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape[1:]:
             raise ValueError(f"{clip.dtype} {clip.shape}; (T, H, W, 3) of uint8, or of floats in "
                              "0..1 (no NaN), is needed")
         yield from clip
@@ -148,11 +152,35 @@ def read_frames(path, height, width):
             for count, frame in enumerate(video, 1):
                 yield frame
         if count < fps * duration - 1:  # cut off, a decoder that was killed, or a variable rate?
-            again, quarters = (sum(1 for _ in decode(*how)) for how in
-                               (("scale=2:2", *every), ("fps=4,scale=2:2",)))
-            if count < again or quarters / 4 < 0.9 * duration - 0.5:
-                raise ValueError(f"{count} frames, {quarters / 4} of {duration} seconds: cut off "
-                                 "or damaged (is only its sound longer? then ffmpeg -an helps)")
+            again, ticks = (sum(1 for _ in decode(*how)) for how in
+                            (("scale=2:2", *every), ("fps=20,scale=2:2",)))
+            if count < again or ticks / 20 < 0.95 * duration - 0.1:
+                raise ValueError(f"{count} frames, {ticks / 20} of {duration} seconds: cut off or "
+                                 "damaged (is only its sound longer? then ffmpeg -an helps)")
+
+
+def read_image(path):
+    """-> uint8 (h, w, 3), turned upright. Raises ValueError, with the name."""
+    try:
+        if not path.is_file():
+            raise ValueError("not a file")
+        frame = iio.imread(path, plugin="pillow", index=0, rotate=True)
+        if frame.dtype == np.uint16:  # grey values, which Pillow would clip
+            return (frame // 257).astype(np.uint8)[..., None].repeat(3, -1)
+        return iio.imread(path, plugin="pillow", index=0, rotate=True, mode="RGB")
+    except Exception as error:  # whatever a foreign or damaged file provokes
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
+
+
+def load_npy(path):
+    """-> an array, memory-mapped. Raises ValueError."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        array = None
+    if not isinstance(array, np.ndarray):  # damaged, pickled objects, or an archive
+        raise ValueError("not a .npy of numbers, or damaged")
+    return array
 
 
 def list_images(folder):
@@ -169,15 +197,18 @@ def side_file(clip):
 
 
 def read_actions(path, stride=1):
-    """.npy (T, A) -> float32 (T, A): row t drives the change into frame t. Where only every
+    """.npy (T, A) -> float32 (T, A): row t is the action that leads to frame t. Where only every
     stride-th frame is kept, it is the mean of the rows that lead there. Raises ValueError."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file")
     try:
-        rows = np.load(path, allow_pickle=False)
-        if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
-            raise ValueError(f"{rows.dtype} {rows.shape}; (T, A) finite numbers are needed")
-    except (ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
-    rows = rows.astype(np.float32)
+        rows = load_npy(path)
+        if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "biuf":
+            raise ValueError(f"{rows.dtype} {rows.shape}; numbers (T, A) are needed")
+        if not np.isfinite(rows := rows.astype(np.float32)).all():
+            raise ValueError("only finite numbers are actions")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return np.stack([rows[max(0, t - stride + 1) : t + 1].mean(0) for t in range(len(rows))])
 
 
@@ -219,7 +250,7 @@ def video_writer(path, height, width, fps=15, scale=None):
         except OSError:
             whole = False
         if not whole:  # a failed ffmpeg says nothing when it is closed
-            raise OSError(f"{path} could not be written to its end (is the disk full?)")
+            raise OSError("the video could not be written to its end (is the disk full?)")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -286,7 +317,8 @@ def main():
     if args.show_schedule:
         return show_schedule(args, *schedule(args, 16))
     args.device = find_device(args.device)
-    if args.out.suffix.lower() not in (*CODECS, ".gif", ".npy") or not args.out.parent.is_dir():
+    known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
+    if not known or args.out.is_dir() or not args.out.parent.is_dir():
         fail(f"--out {args.out}: .mp4, .webm, .gif or .npy in an existing folder is needed")
     paths = [args.out]
     if args.batch > 1:
@@ -303,14 +335,17 @@ def main():
         frames = rollout(model, matrix, args.frames, context, period=period, actions=actions,
                          batch_size=args.batch, solver=args.solver,
                          generator=torch.Generator(args.device).manual_seed(args.seed))
-    with mistakes(), contextlib.ExitStack() as stack:  # finishes all files, whatever happens
-        writers = [stack.enter_context(video_writer(path, config.height, config.width, args.fps,
-                                                    args.scale)) for path in paths]
-        bar = tqdm(frames, desc=str(args.out), total=args.frames, unit=" frames")
+    bar = tqdm(frames, desc=str(args.out), total=args.frames, unit=" frames")
+    with mistakes():
         try:
-            for frame in bar:
-                for write, image in zip(writers, to_bytes(frame)):
-                    write(image)
+            with contextlib.ExitStack() as stack:  # finishes all files, whatever happens
+                writers = [stack.enter_context(video_writer(
+                    path, config.height, config.width, args.fps, args.scale)) for path in paths]
+                for frame in bar:
+                    for write, image in zip(writers, to_bytes(frame)):
+                        write(image)
+        except OSError as error:
+            fail(f"{args.out}: {in_words(error)}")
         except KeyboardInterrupt:
             fail(f"stopped after {bar.n} of {args.frames} frames; those are written")
 

@@ -55,6 +55,7 @@ class Spy:
         self.config, self.answer, self.calls = tiny(**options), answer, []
 
     def __call__(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
+        assert len(self.calls) < 5000, "the rollout never ends: do frames leave before they are given out?"
         self.calls.append(dict(x=x.clone(), sigma=sigma.clone(), state=state, commit=commit, actions=actions))
         committed = x.shape[1] if commit is None else commit
         new = (state or 0) + committed
@@ -441,6 +442,31 @@ def test_impossible_matrices_are_refused(arguments):
     refused(f"a matrix of {arguments}", df.scheduling_matrix, *arguments)
 
 
+@pytest.mark.schedule
+@pytest.mark.parametrize("period", [3, 2.5, 6, 7.25])
+@pytest.mark.parametrize("kind,u,T", [("pyramid", 1.5, 4), ("autoregressive", 0, 1), ("full_sequence", 0, 3)])
+def test_the_endless_matrix_is_copies_laid_along_time(kind, u, T, period):
+    """Against a slow loop: a wide sheet of S, on which each copy is laid, with zeros below its end."""
+    K, copies = df.scheduling_matrix(kind, T, 4, u).tolist(), 5
+    height = math.floor(4 * period) + len(K) + 2
+    sheet = [[4] * (copies * T) for _ in range(height)]
+    for j in range(copies):
+        top = math.floor(j * period)
+        for row in range(top, height):
+            sheet[row][j * T : (j + 1) * T] = K[row - top] if row - top < len(K) else [0] * T
+    found = [[df.endless_level(K, period, row, t) for t in range(copies * T)] for row in range(height)]
+    assert found == sheet, "copy j starts floor(j period) rows after copy 0; before that it is S, after its end 0"
+    assert df.endless_level(K, period, 0, -1) == 0, "the context is clean in every row"
+
+
+@pytest.mark.schedule
+@pytest.mark.parametrize("u", [1, 2, 0.3, 0.7, 2.6, 5, math.pi])
+def test_one_column_with_period_u_is_the_pyramid_bit_for_bit(u):
+    long, column = df.scheduling_matrix("pyramid", 60, 5, u), df.scheduling_matrix("pyramid", 1, 5).tolist()
+    assert [[df.endless_level(column, u, row, t) for t in range(60)] for row in range(len(long))] == long.tolist(), \
+        "an endless pyramid is one column with period u (0.3 * 10 is 3: Python's floats, on both sides)"
+
+
 # ---- 6. sampling and rollout ----------------------------------------------------------------------------------------
 
 
@@ -448,7 +474,10 @@ def spied_rollout(kind, u, T=5, S=4, frames=None, context=0, **options):
     spy = Spy(lambda x, sigma: 0.9 * x, **options)
     clip = torch.randn(2, context, 3, 8, 8) if context else None
     K = df.scheduling_matrix(kind, T, S, u)
-    out = torch.stack(list(df.rollout(spy, K, frames or T + context, clip, batch_size=2)), 1)
+    try:
+        out = torch.stack(list(df.rollout(spy, K, frames or T + context, clip, batch_size=2)), 1)
+    except IndexError:
+        pytest.fail("a frame left x before it was given out, or too late: in which row did it finish?")
     return spy, K, clip, out
 
 
@@ -535,31 +564,6 @@ def test_a_finished_frame_is_shown_with_the_same_noise_in_every_call():
     assert len(shown) == 2 and torch.equal(shown[0], shown[1]), "one draw of context noise a frame, not one a call"
 
 
-@pytest.mark.schedule
-@pytest.mark.parametrize("period", [3, 2.5, 6, 7.25])
-@pytest.mark.parametrize("kind,u,T", [("pyramid", 1.5, 4), ("autoregressive", 0, 1), ("full_sequence", 0, 3)])
-def test_the_endless_matrix_is_copies_laid_along_time(kind, u, T, period):
-    """Against a slow loop: a wide sheet of S, on which each copy is laid, with zeros below its end."""
-    K, copies = df.scheduling_matrix(kind, T, 4, u).tolist(), 5
-    height = math.floor(4 * period) + len(K) + 2
-    sheet = [[4] * (copies * T) for _ in range(height)]
-    for j in range(copies):
-        top = math.floor(j * period)
-        for row in range(top, height):
-            sheet[row][j * T : (j + 1) * T] = K[row - top] if row - top < len(K) else [0] * T
-    found = [[df.endless_level(K, period, row, t) for t in range(copies * T)] for row in range(height)]
-    assert found == sheet, "copy j starts floor(j period) rows after copy 0; before that it is S, after its end 0"
-    assert df.endless_level(K, period, 0, -1) == 0, "the context is clean in every row"
-
-
-@pytest.mark.schedule
-@pytest.mark.parametrize("u", [1, 2, 0.3, 0.7, 2.6, 5, math.pi])
-def test_one_column_with_period_u_is_the_pyramid_bit_for_bit(u):
-    long, column = df.scheduling_matrix("pyramid", 60, 5, u), df.scheduling_matrix("pyramid", 1, 5).tolist()
-    assert [[df.endless_level(column, u, row, t) for t in range(60)] for row in range(len(long))] == long.tolist(), \
-        "an endless pyramid is one column with period u (0.3 * 10 is 3: Python's floats, on both sides)"
-
-
 @pytest.mark.sampler
 @pytest.mark.parametrize("u", [1, 0.7, 2.5])
 @pytest.mark.parametrize("temporal", MIXERS)
@@ -582,6 +586,21 @@ def test_an_endless_pyramid_costs_u_calls_a_frame_and_never_drains(u):
     assert len(spy.calls) == 5 + math.floor(u * (frames - 1)), "S calls for the first frame, u for each other one"
     widths = [len([s for s in call["sigma"][0, call["commit"]:]]) for call in spy.calls[20:-20]]
     assert min(widths) >= math.floor(5 / u) and max(widths) <= math.ceil(5 / u), "S / u frames are in flight, always"
+
+
+@pytest.mark.sampler
+def test_a_matrix_may_pause_between_its_copies():
+    spy = Spy()
+    out = list(df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 3), 3, period=6))
+    assert [len(out), len(spy.calls)] == [3, 9], "in rows in which nothing moves there is no call"
+    assert [c["commit"] for c in spy.calls] == [0, 0, 0, 1, 0, 0, 1, 0, 0], "a finished frame enters with the next call"
+
+
+@pytest.mark.sampler
+def test_a_rollout_is_multistep_unless_told():
+    spy, K = Spy(lambda x, sigma: torch.tanh(x)), df.scheduling_matrix("pyramid", 2, 4)
+    run = lambda **options: df.sample(spy, K, generator=torch.Generator().manual_seed(0), **options)
+    assert torch.equal(run(), run(solver="multistep")) and not torch.equal(run(), run(solver="euler")), "the default solver"
 
 
 @pytest.mark.sampler
@@ -711,6 +730,7 @@ def test_actions_go_with_their_frames():
     actions = torch.arange(7.0).view(1, 7, 1)
     list(df.rollout(spy, df.scheduling_matrix("pyramid", 3, 2, 1), 7, torch.zeros(1, 1, 3, 8, 8), actions=actions))
     told = [c["actions"][0, :, 0].tolist() for c in spy.calls]
+    assert all(told), "no action for a frame: are they counted from the first frame of the context?"
     assert told[0][0] == 0 and told[-1][-1] == 6, "row t of the actions belongs to frame t, context included"
     assert all(a == list(range(int(a[0]), int(a[0]) + len(a))) for a in told), "actions are in step with the frames"
     assert all(len(a) == c["x"].shape[1] for a, c in zip(told, spy.calls)), "one row for every frame shown"
@@ -1208,7 +1228,9 @@ def test_gru_two_streams_step_from_the_state_before():
                                    dict(sigma_min=90.0), dict(causal=False, temporal="gru"), dict(data_mean=(0.0,)),
                                    dict(width=30), dict(dim=24, head_dim=3), dict(window=0), dict(sigma_data=0.0),
                                    dict(sigma_min=0.0), dict(action_dim=1, action_scale=(0.0,)), dict(rho=0.0),
-                                   dict(P_std=-1.0), dict(sigma_data=math.nan), dict(dim_mults=()), dict(dim_mults=(0,))])
+                                   dict(P_std=-1.0), dict(sigma_data=math.nan), dict(dim_mults=()), dict(dim_mults=(0,)),
+                                   dict(height=0), dict(width=0), dict(channels=0, data_mean=()), dict(clip_frames=0), dict(patch=0),
+                                   dict(dim=0), dict(sigma_min=80.0), dict(sigma_max=math.inf), dict(action_dim=2, action_scale=(1.0,))])
 def test_configs_that_cannot_work_are_refused(wrong):
     refused(f"a Config with {wrong}", tiny, **wrong)
 
@@ -1432,6 +1454,12 @@ def test_a_batch_and_its_noise_depend_on_seed_and_number_alone():
 
 
 @pytest.mark.cli
+def test_seed_and_number_are_not_added():
+    a, b = (train.draw(train.Balls(settings()), settings(seed=seed), 1, 2, at=at)[0] for seed, at in ((0, 1), (1, 0)))
+    assert (a != b).any(), "step 1 of seed 0 is step 0 of seed 1"
+
+
+@pytest.mark.cli
 def test_every_pass_of_every_step_has_a_number_of_its_own(tmp_path, monkeypatch):
     drawn, real = [], train.draw
     monkeypatch.setattr(train, "draw", lambda data, s, n, T, at, held=False: drawn.append((at, held)) or real(data, s, n, T, at, held))
@@ -1477,6 +1505,35 @@ def test_validation_is_of_held_out_clips_with_three_amounts_of_noise(monkeypatch
     assert len(set(seeds)) == 1, "always the same noise"
     data.held_out = False
     assert all(math.isnan(loss) for loss in train.validate(model, data, settings())), "training clips are not called held out"
+
+
+@pytest.mark.cli
+def test_validation_is_of_the_average(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "validate", lambda model, data, s: seen.append(model.training) or [1.0, 2.0, 3.0])
+    train_here(monkeypatch, tmp_path, "--steps", "1")
+    saved = torch.load(tmp_path / "model.resume.pt", weights_only=True)
+    torch.save(saved | dict(step=499), tmp_path / "model.resume.pt")
+    train_here(monkeypatch, tmp_path, *"--resume --steps 500".split())
+    assert seen == [False], "every 500 steps, of the average, which is in eval mode"
+    assert (tmp_path / "model.csv").read_text().splitlines()[-1].split(",")[3:6] == ["1", "2", "3"], "and in the log"
+
+
+@pytest.mark.cli
+def test_a_preview_is_of_the_average_with_the_actions_of_held_out_clips(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(train, "HELD_OUT", 2)
+    monkeypatch.setattr(train, "rollout", lambda model, K, n, context, **options:
+                        told.append((model.training, context, options)) or iter(()))
+    counting_clip(tmp_path / "clips", 9)  # a: for training; b: held out, white, with actions of 7
+    np.save(tmp_path / "clips" / "b.npy", np.full((9, 8, 8, 3), 255, np.uint8))
+    np.save(tmp_path / "clips" / "b.actions.npy", np.full((9, 1), 7.0))
+    train_here(monkeypatch, tmp_path, *"--data clips --cache cache --steps 20".split())
+    assert told, "no preview at all"
+    for training, context, options in told:
+        assert not training, "previews are of the moving average, which is in eval mode"
+        assert (context == 1).all(), "they go on from held-out clips"
+        assert (options["actions"] == 7).all(), "with the actions of these clips"
 
 
 # ---- train.py: a folder of clips
@@ -1754,6 +1811,20 @@ def test_the_clock_goes_on_after_resume(tmp_path, monkeypatch):
 
 
 @pytest.mark.cli
+def test_minutes_are_minutes(tmp_path, monkeypatch):
+    clock, real = [0.0], train.diffusion_forcing_loss
+
+    def loss(*args, **options):
+        clock[0] += 6
+        return real(*args, **options)
+
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(train, "diffusion_forcing_loss", loss)
+    train_here(monkeypatch, tmp_path, "--minutes", "1")
+    assert df.load_checkpoint(tmp_path / "model.pt")[1]["step"] == 10, "--minutes 1 is ten steps of six seconds"
+
+
+@pytest.mark.cli
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
     said = train_here(monkeypatch, tmp_path, "--steps", "40", nan_at=25, code=2).strip().splitlines()[-1]
     assert "steps 20 to 40 is nan" in said and "--lr" in said, f"the steps, and the remedy, not: {said}"
@@ -1798,6 +1869,15 @@ def test_a_run_goes_on_when_its_clips_have_moved(tmp_path, monkeypatch):
     (tmp_path / "clips").rename(tmp_path / "moved")
     train_here(monkeypatch, tmp_path, *"--data moved --cache cache --steps 2 --resume".split())
     assert df.load_checkpoint(tmp_path / "model.pt")[1]["step"] == 2, "the folder's name is no part of the run"
+
+
+@pytest.mark.cli
+def test_a_run_on_a_folder_is_resumed_on_that_folder(tmp_path, monkeypatch):
+    counting_clip(tmp_path / "clips", 8)
+    (tmp_path / "clips" / "a.actions.npy").unlink()
+    train_here(monkeypatch, tmp_path, *"--data clips --cache cache --steps 1 --stride 2".split())
+    assert df.load_checkpoint(tmp_path / "model.pt")[1]["stride"] == 2, "sample.py is told the --stride of training"
+    assert "1 clips" in train_here(monkeypatch, tmp_path, *"--steps 2 --resume".split()), "--resume goes on with the same --data"
 
 
 @pytest.mark.cli
@@ -1870,9 +1950,18 @@ def test_images_are_ordered_by_number_and_may_be_of_any_kind(tmp_path):
     assert len(sample.read_clip(tmp_path, 4, 4, 5)) == 5, "the first images alone"
     deep = tmp_path / "deep"
     deep.mkdir()
-    for i in range(2):
-        iio.imwrite(deep / f"{i}.png", np.full((4, 4), 257 * (100 + i), np.uint16))
-    assert sample.read_clip(deep, 4, 4)[:, 0, 0].tolist() == [[100] * 3, [101] * 3], "16 bits are scaled to 8, grey to RGB"
+    for i, value in enumerate((0, 25_828, 65_535)):
+        iio.imwrite(deep / f"{i}.png", np.full((4, 4), value, np.uint16))
+    assert sample.read_clip(deep, 4, 4)[:, 0, 0].tolist() == [[0] * 3, [100] * 3, [255] * 3], "16 bits / 257, grey to RGB"
+
+
+@pytest.mark.cli
+def test_photos_are_turned_upright(tmp_path):
+    from PIL import Image  # comes with imageio; only this test needs to write EXIF
+    image, exif = Image.fromarray(np.arange(0, 240, 30, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(3, 2)), Image.Exif()
+    exif[0x0112] = 3  # held upside down
+    image.save(tmp_path / "0.png", exif=exif)
+    assert sample.read_clip(tmp_path, 8, 8)[0, :, 0, 0].tolist() == list(range(210, -1, -30)), "EXIF orientation"
 
 
 @pytest.mark.cli
@@ -1921,8 +2010,12 @@ def test_a_video_that_is_cut_off_or_damaged_is_refused(tmp_path, monkeypatch):
         iio.imwrite(path, clip, plugin="FFMPEG", fps=15, codec=codec, quality=None, macro_block_size=1, output_params=options)
         assert len(sample.read_clip(path, 32, 32)) == 100
         whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
+        at = len(whole) // 2
+        path.write_bytes(whole[:at])
         refused(f"half of {name}", sample.read_clip, path, 32, 32)
+        if "libx264" in codec:
+            path.write_bytes(whole[:at] + bytes(255 - b for b in whole[at : at + 200]) + whole[at + 200 :])
+            refused(f"{name} with a scratch", sample.read_clip, path, 32, 32)
         path.write_bytes(whole)
     real, calls = sample.imageio.v2.get_reader, []
 
@@ -1963,6 +2056,20 @@ def test_what_is_written_can_be_read_again(tmp_path, suffix):
     else:
         write(tmp_path / f"b{suffix}", clip)
         assert sample.read_clip(tmp_path / f"b{suffix}", 256, 256).shape[1:3] == (256, 256), "enlarged to be watched"
+
+
+@pytest.mark.cli
+def test_frames_of_any_size_are_counted_in_npy(tmp_path):
+    write(tmp_path / "a.npy", np.zeros((3, 2, 2, 3), np.uint8))
+    assert np.load(tmp_path / "a.npy").shape == (3, 2, 2, 3), "the header is no part of the frames"
+
+
+@pytest.mark.cli
+def test_fps_and_scale_reach_the_file(tmp_path):
+    df.save_checkpoint(tmp_path / "model.pt", tiny(), random_denoiser().state_dict())
+    here(sample, *"--frames 4 --steps 1 --fps 5 --scale 2 --out o.mp4 --device cpu".split(), cwd=tmp_path)
+    meta = iio.immeta(tmp_path / "o.mp4", plugin="FFMPEG")
+    assert meta["fps"] == 5 and meta["size"] == (16, 16), "--fps, --scale"
 
 
 @pytest.mark.cli
@@ -2079,6 +2186,19 @@ def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch, words
     assert told.get("solver") == "euler", "--solver"
     assert told["generator"].initial_seed() == 7, "--seed"
     assert told["actions"].all() and told["actions"].shape == (1, 256, 1), "--actions, repeated to --frames"
+
+
+@pytest.mark.cli
+def test_the_stride_of_a_checkpoint_and_every_context_reach_the_rollout(tmp_path, monkeypatch):
+    told, model = {}, random_denoiser()
+    df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict(), stride=2)
+    counting_clip(tmp_path, 7)
+    np.save(tmp_path / "b.npy", np.full((7, 8, 8, 3), 255, np.uint8))
+    monkeypatch.setattr(sample, "rollout", lambda model, K, n, context, **options: told.update(options, context=context) or iter(()))
+    here(sample, *"--ckpt m.pt --context a.npy b.npy --context-frames 2 --device cpu --out o.npy".split(), cwd=tmp_path)
+    shown = sample.to_bytes(told["context"])[:, :, 0, 0, 0].tolist()
+    assert shown == [[0, 20], [255, 255]] and told["batch_size"] == 2, "a rollout from each clip, in the stride of training"
+    assert {"o_0.npy", "o_1.npy"} <= set(os.listdir(tmp_path)), "a file for each"
 
 
 @pytest.mark.cli

@@ -117,7 +117,7 @@ class Clips:
     """A folder of clips. Each is decoded once and memory-mapped: training waits for no decoder."""
 
     def __init__(self, s):
-        need(Path(s.data).is_dir(), f"--data {s.data}: there is no such folder")
+        need(Path(s.data).is_dir(), f"--data {s.data} is not a folder")
         for left in Path(s.cache).glob("*.tmp"):  # by a run that was killed
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ class Clips:
         for file in tqdm(files, f"decoding to {s.cache}", unit=" clips", disable=RANK > 0):
             try:
                 (path, length), side = cached_clip(file, s.size, Path(s.cache)), side_file(file)
-                rows = read_actions(side, s.stride) if side.exists() else None
+                rows = read_actions(side, s.stride) if os.path.lexists(side) else None
                 need(length >= self.span, f"{file}: {length} frames; {self.span} are needed")
                 need(rows is None or len(rows) >= length,
                      f"{side}: {0 if rows is None else len(rows)} rows for {length} frames")
@@ -267,6 +267,7 @@ def parse_args():
          f"{[*there, ''][0]} exists: --resume goes on with it, --overwrite starts anew")
     device, model, saved = find_device(given.device), None, {}
     if given.resume:
+        need(resume.exists(), f"--resume: there is no {resume}; a new run starts without --resume")
         model, saved = load_checkpoint(resume)
         need("log" in saved, f"{resume} is not of this train.py: --overwrite starts anew")
         p.set_defaults(**saved["settings"])
@@ -326,7 +327,7 @@ def preview(path, model, data, s, num_frames):
             for real, rolled in zip(x.unbind(1), bar):
                 write(to_bytes(make_grid([*real, *rolled], nrow=4, padding=0)))
     except OSError as error:  # no reason to end a training
-        print(error)
+        print(f"{path}: {in_words(error)}")
 
 
 @torch.no_grad()
@@ -422,7 +423,6 @@ def main():
         if count and (end or step % 20 == 0):
             loss = everywhere(total / count, dist.ReduceOp.SUM) / WORLD
             if not math.isfinite(loss):
-                bar.close()
                 fail(f"the loss of steps {step - count} to {step} is {loss}: a lower --lr may help"
                      + f". {resume} is whole, and --resume goes on with it" * (saved_at > 0))
         if count and step % 20 == 0:
@@ -475,6 +475,8 @@ def main():
     everywhere(0)  # nobody leaves before all is saved
     if WORLD > 1:
         dist.destroy_process_group()  # threads that outlive Python abort the process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
         sys.exit(f"stopped and saved at step {step}; the same command with --resume goes on")
     if RANK == 0:
