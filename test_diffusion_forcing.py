@@ -1444,11 +1444,12 @@ def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path)
 def test_a_batch_and_its_noise_depend_on_seed_and_number_alone():
     s, other = settings(seed=2**40), settings(seed=2**40 + 1)
     data = train.Balls(s)
-    a, b = train.draw(data, s, 2, 4, at=5), train.draw(data, s, 2, 4, at=5)
+    draw = lambda s, at: train.to_device(train.draw(data, s, 2, 4, at), s)
+    a, b = draw(s, 5), draw(s, 5)
     levels = lambda drawn: df.sample_noise_levels(2000, 2, tiny(), generator=drawn[2]).log().flatten()
     first = levels(a)
     assert torch.equal(a[0], b[0]) and torch.equal(first, levels(b)), "the same (seed, at) gives the same batch and noise"
-    for c in (train.draw(data, other, 2, 4, at=5), train.draw(data, s, 2, 4, at=6), train.draw(data, s, 2, 4, at=train.MEASURE)):
+    for c in (draw(other, 5), draw(s, 6), draw(s, train.MEASURE)):
         assert (a[0] != c[0]).any(), "another seed, or another number, gives another batch"
         assert abs(torch.corrcoef(torch.stack([first, levels(c)]))[0, 1]) < 0.1, "and other noise"
 

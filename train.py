@@ -195,12 +195,19 @@ def cached_clip(file, size, cache):
 
 
 def draw(data, s, n, num_frames, at, held=False):
-    """The only way from data to a batch: x (n, T, C, H, W) in [-1, 1], actions (n, T, A), and a
-    generator for the noise. All that is random in it follows from (seed, at), whoever draws it: so
-    neither a restart nor the number of processes changes a batch."""
+    """The only way from the data to a batch -> clips (n, T, H, W, 3) uint8, actions (n, T, A), and
+    a seed for the noise. All that is random in it follows from (seed, at), whoever draws it: so
+    neither a restart nor the number of processes changes a batch. It runs ahead in a thread of its
+    own, and so without torch, whose threads would take the cores from those of the step."""
     rng = np.random.default_rng((s.seed, at))
-    generator = torch.Generator(s.device).manual_seed(int(rng.integers(2**62)))
-    clips, actions = data.batch(rng, n, num_frames, held)
+    seed = int(rng.integers(2**62))
+    return *data.batch(rng, n, num_frames, held), seed
+
+
+def to_device(batch, s):
+    """What was drawn -> x (n, T, C, H, W) in [-1, 1], actions (n, T, A), and a generator."""
+    clips, actions, seed = batch
+    generator = torch.Generator(s.device).manual_seed(seed)
     return to_frames(clips, s.device), torch.from_numpy(actions).to(s.device), generator
 
 
@@ -209,7 +216,7 @@ def measure(data, s):
     standard deviation around it, the root mean square of each action."""
     mean, square, action_square = 0, 0, 0
     for i in range(16):  # 16 clips at a time: all of them could be too large for a GPU
-        x, actions, _ = draw(data, s, 16, s.clip_frames, MEASURE + i)
+        x, actions, _ = to_device(draw(data, s, 16, s.clip_frames, MEASURE + i), s)
         mean, square = mean + x.mean((0, 1, 3, 4)) / 16, square + x.square().mean() / 16  # (C,), ()
         action_square = action_square + actions.square().mean((0, 1)) / 16  # (A,)
     deviation = (square - mean.square().mean()).clamp(min=0).sqrt().item()
@@ -318,7 +325,7 @@ def preview(path, model, data, s, num_frames):
     if s.forcing == "full_sequence":
         context, num_frames = 0, min(s.clip_frames, s.window)
         matrix = scheduling_matrix("full_sequence", num_frames, STEPS)
-    x, actions, generator = draw(data, s, 4, num_frames, PREVIEW, held=data.held_out)
+    x, actions, generator = to_device(draw(data, s, 4, num_frames, PREVIEW, data.held_out), s)
     frames = rollout(model, matrix, num_frames, x[:, :context], actions=actions, solver=SOLVER,
                      generator=generator)
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
@@ -336,7 +343,7 @@ def validate(model, data, s):
     sigma is P_mean - P_std, P_mean and P_mean + P_std. No numbers, if no clip is held out."""
     losses, config = [math.nan] * 3, model.config
     for i in range(3 * data.held_out):
-        x, actions, generator = draw(data, s, 16, s.clip_frames, VALIDATE, held=True)
+        x, actions, generator = to_device(draw(data, s, 16, s.clip_frames, VALIDATE, True), s)
         sigma = config.in_frame_units(math.exp(config.P_mean + (i - 1) * config.P_std))
         losses[i] = diffusion_forcing_loss(
             model, x, config, sigma=x.new_full(x.shape[:2], sigma), forcing=s.forcing,
@@ -449,7 +456,8 @@ def main():
 
         # one step: the losses of all passes, AdamW, the moving average
         batches, upcoming = upcoming.result(), pool.submit(prepare, step + 1)  # during this step
-        for i, (x, actions, generator) in enumerate(batches, 1):
+        for i, batch in enumerate(batches, 1):
+            x, actions, generator = to_device(batch, s)
             for module in (network, expect):  # processes exchange gradients once for each step
                 module.require_backward_grad_sync = i == len(batches)
             with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=fast):
