@@ -24,7 +24,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from tqdm import tqdm
 
-from diffusion_forcing import (SCHEDULES, SOLVERS, endless_level, load_checkpoint, rollout,
+from diffusion_forcing import (SCHEDULES, SOLVERS, endless_level, load_checkpoint, need, rollout,
                                scheduling_matrix)
 
 STEPS, SOLVER = 6, "multistep"  # chosen by rollouts of balls and of real clips, which gain from 10
@@ -108,16 +108,14 @@ def read_clip(path, height, width, limit=None):
     (T, height, width, 3): its first `limit` frames or all, scaled and cropped to the centre. Raises
     ValueError, with the path and the reason."""
     path, clip = Path(path), []
-    if not (path.is_file() or path.is_dir()):  # a pipe would never end
-        raise ValueError(f"{path}: there is no such file or folder")
+    need(path.is_file() or path.is_dir(), f"{path}: there is no such file or folder")  # or a pipe
     try:
         for frame in itertools.islice(read_frames(path, height, width), limit):
             x = torch.tensor(frame).movedim(-1, 0)  # (3,h,w)
             scale = max(height / x.shape[1], width / x.shape[2])
             size = [max(height, round(x.shape[1] * scale)), max(width, round(x.shape[2] * scale))]
             clip.append(TF.center_crop(TF.resize(x, size), [height, width]).movedim(0, -1))
-        if not clip:
-            raise ValueError("no frame in it")
+        need(clip, "no frame in it")
         return torch.stack(clip).numpy()
     except Exception as error:  # whatever a foreign or damaged file provokes
         said = re.findall(r"^\[.*?\] (?!Format .* score)(.*)", str(error), re.M)  # by ffmpeg
@@ -136,9 +134,9 @@ def read_frames(path, height, width):
         clip = load_npy(path)
         if clip.dtype.kind == "f" and ((clip >= 0) & (clip <= 1)).all():
             clip = (clip * 255).round().astype(np.uint8)
-        if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape[1:]:
-            raise ValueError(f"{clip.dtype} {clip.shape}; (T, H, W, 3) of uint8, or of floats in "
-                             "0..1 (no NaN), is needed")
+        need(clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[3] == 3 and clip[:1].size,
+             f"{clip.dtype} {clip.shape}; (T, H, W, 3) of uint8, or of floats in 0..1 (no NaN), is "
+             "needed")
         yield from clip
     elif path.suffix.lower() == ".gif":
         yield from iio.imiter(path, plugin="pillow", mode="RGB")
@@ -146,7 +144,7 @@ def read_frames(path, height, width):
         decode = lambda *how: imageio.v2.get_reader(
             path, format="FFMPEG", input_params=[*VIDEO], output_params=["-vf", *how])
         cover = f"scale={width}:{height}:force_original_aspect_ratio=increase:flags=area"
-        every = "-fps_mode", "passthrough"
+        every, count = ("-fps_mode", "passthrough"), 0
         with decode(cover, *every) as video:
             fps, duration = (video.get_meta_data()[key] for key in ("fps", "duration"))
             for count, frame in enumerate(video, 1):
@@ -154,16 +152,15 @@ def read_frames(path, height, width):
         if count < fps * duration - 1:  # cut off, a decoder that was killed, or a variable rate?
             again, ticks = (sum(1 for _ in decode(*how)) for how in
                             (("scale=2:2", *every), ("fps=20,scale=2:2",)))
-            if count < again or ticks / 20 < 0.95 * duration - 0.1:
-                raise ValueError(f"{count} frames, {ticks / 20} of {duration} seconds: cut off or "
-                                 "damaged (is only its sound longer? then ffmpeg -an helps)")
+            need(count >= again and ticks / 20 >= 0.95 * duration - 0.1,
+                 f"{count} frames, {ticks / 20} of {duration} seconds: cut off or damaged (is only "
+                 "its sound longer? then ffmpeg -an helps)")
 
 
 def read_image(path):
     """-> uint8 (h, w, 3), turned upright. Raises ValueError, with the name."""
     try:
-        if not path.is_file():
-            raise ValueError("not a file")
+        need(path.is_file(), "not a file")
         frame = iio.imread(path, plugin="pillow", index=0, rotate=True)
         if frame.dtype == np.uint16:  # grey values, which Pillow would clip
             return (frame // 257).astype(np.uint8)[..., None].repeat(3, -1)
@@ -178,8 +175,7 @@ def load_npy(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         array = None
-    if not isinstance(array, np.ndarray):  # damaged, pickled objects, or an archive
-        raise ValueError("not a .npy of numbers, or damaged")
+    need(isinstance(array, np.ndarray), "not a .npy of numbers, or damaged")  # an archive, objects
     return array
 
 
@@ -199,16 +195,15 @@ def side_file(clip):
 def read_actions(path, stride=1):
     """.npy (T, A) -> float32 (T, A): row t is the action that leads to frame t. Where only every
     stride-th frame is kept, it is the mean of the rows that lead there. Raises ValueError."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
     try:
+        need(Path(path).is_file(), "there is no such file")
         rows = load_npy(path)
-        if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "biuf":
-            raise ValueError(f"{rows.dtype} {rows.shape}; numbers (T, A) are needed")
-        if not np.isfinite(rows := rows.astype(np.float32)).all():
-            raise ValueError("only finite numbers are actions")
+        need(rows.ndim == 2 and rows.size and rows.dtype.kind in "biuf",
+             f"{rows.dtype} {rows.shape}; numbers (T, A) are needed")
+        need((abs(rows) < 1e30).all(), "actions are finite numbers")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    rows = rows.astype(np.float32)
     return np.stack([rows[max(0, t - stride + 1) : t + 1].mean(0) for t in range(len(rows))])
 
 
@@ -290,22 +285,20 @@ def load_inputs(args, config, stride):
     if args.context:
         clips = [read_clip(c, config.height, config.width, span)[::stride] for c in args.context]
         for path, clip in zip(args.context, clips):
-            if len(clip) < args.context_frames:
-                raise ValueError(f"{path} has {len(clip)} frames; --context-frames is "
-                                 f"{args.context_frames}")
+            need(len(clip) == args.context_frames,
+                 f"{path} has {len(clip)} frames; --context-frames is {args.context_frames}")
         clips = [clips[i % len(clips)] for i in range(args.batch)]
         context = to_frames(np.stack(clips), args.device)
-    if args.actions and not config.action_dim:
-        raise ValueError(f"{args.actions}: the model was trained without actions")
     if not config.action_dim:
+        need(not args.actions, f"{args.actions}: the model was trained without actions")
         return context, None
     actions = np.zeros((args.batch, args.frames, config.action_dim), np.float32)
     files = [Path(args.actions)] if args.actions else [*map(side_file, args.context)]
     for row, file in zip(actions, itertools.cycle(files)):
         if args.actions or file.exists():
             told = read_actions(file, stride)[::stride]
-            if told.shape[1] != config.action_dim:
-                raise ValueError(f"{file}: the model needs {config.action_dim} numbers a frame")
+            need(told.shape[1] == config.action_dim,
+                 f"{file}: the model needs {config.action_dim} numbers for each frame")
             row[:] = np.resize(told, row.shape)  # repeated at its end
     return context, torch.from_numpy(actions).to(args.device)
 
@@ -316,17 +309,17 @@ def main():
     args.context_frames = args.context_frames or (4 if args.context else 0)
     if args.show_schedule:
         return show_schedule(args, *schedule(args, 16))
-    args.device = find_device(args.device)
-    known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
-    if not known or args.out.is_dir() or not args.out.parent.is_dir():
-        fail(f"--out {args.out}: .mp4, .webm, .gif or .npy in an existing folder is needed")
     paths = [args.out]
     if args.batch > 1:
         paths = [args.out.with_stem(f"{args.out.stem}_{i}") for i in range(args.batch)]
     inputs = [*args.context, *map(side_file, args.context), *filter(None, [args.actions])]
-    if {p.resolve() for p in paths} & {Path(i).resolve() for i in inputs}:
-        fail(f"--out {args.out} would overwrite what the rollout is made from")
     with mistakes(ValueError):
+        known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
+        need(known and args.out.parent.is_dir() and not args.out.is_dir(),
+             f"--out {args.out}: .mp4, .webm, .gif or .npy in an existing folder is needed")
+        need(not {p.resolve() for p in paths} & {Path(i).resolve() for i in inputs},
+             f"--out {args.out} would overwrite what the rollout is made from")
+        args.device = find_device(args.device)
         model, extra = load_checkpoint(args.ckpt, args.device)
         config = model.config
         config.context_noise = args.context_noise or config.context_noise

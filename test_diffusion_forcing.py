@@ -1634,14 +1634,51 @@ def test_what_is_no_clip_is_skipped_with_its_reason(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(train, "HELD_OUT", 2)
     data = clips_of(clips)
     said = capsys.readouterr().out
-    for name, reason in [("nan", "NaN"), ("objects", "objects"), ("short", "3 frames; 4 are needed"), ("text", "moov"),
-                         ("acted", "finite"), ("late", "7 rows for 8 frames"), ("nothing", "no frame"), ("empty", ""),
-                         ("script", "whitelist"), ("dead", "No such file"), ("pipe", "no such file"), ("cut", "")]:
+    for name, reason in [("nan", "NaN"), ("objects", "not a .npy of numbers"), ("short", "3 frames; 4 are needed"), ("text", "moov"),
+                         ("acted", "finite"), ("late", "7 rows for 8 frames"), ("nothing", "(0, 16, 16, 3)"), ("empty", "damaged"),
+                         ("script", "whitelist"), ("dead", "No such file"), ("pipe", "no such file"), ("cut", "cannot be read")]:
         line = [line for line in said.splitlines() if f"{name}." in line]
         assert len(line) == 1 and line[0].startswith("skipped") and reason in line[0], f"{name}: one line with the reason:\n{said}"
     assert "hidden" not in said and "2 clips (1 held out, 0 with actions), 16 frames; 12 skipped" in said, said
     assert all((np.load(path) == clip).all() for path, *_ in data.clips), "floats in 0..1 are bytes / 255"
     assert [list(data.share[held]) for held in (False, True)] == [[1, 0], [0, 1]], "clips are held out whole"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("what,actions", [
+    ("infinite as float32", np.full((4, 1), 1e300)), ("complex", np.ones((4, 1), complex)), ("text", np.full((4, 1), "1")),
+    ("one axis", np.ones(4)), ("no number in a row", np.ones((4, 0))), ("an archive", None), ("a pipe", "pipe"), ("a dead link", "dead")])
+def test_actions_that_are_no_numbers_are_refused(tmp_path, what, actions):
+    path = tmp_path / "a.actions.npy"
+    if actions is None:
+        np.savez(tmp_path / "a.npz", np.ones((4, 1)))
+        (tmp_path / "a.npz").rename(path)
+    elif what == "a pipe":
+        os.mkfifo(path)  # whoever opens it waits for ever
+    elif what == "a dead link":
+        path.symlink_to("nowhere")
+    else:
+        np.save(path, actions)
+    refused(f"actions: {what}", sample.read_actions, path)
+    np.save(tmp_path / "a.npy", balls(1, 4)[0])
+    refused(f"a clip with actions: {what}", train.Clips, settings(data=tmp_path, cache=tmp_path / "cache"))
+
+
+@pytest.mark.cli
+def test_a_bad_image_is_told_by_name(tmp_path):
+    frames = [np.zeros((8, 8, 3), np.uint8)] * 2
+    for i in range(3):
+        iio.imwrite(tmp_path / f"{i}.png", frames[0])
+    (tmp_path / "1.png").unlink()
+    os.mkfifo(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="1.png"):
+        sample.read_clip(tmp_path, 8, 8)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    with pytest.raises(ValueError, match="1.png"):
+        sample.read_clip(tmp_path, 8, 8)
+    iio.imwrite(tmp_path / "1.png", np.stack(frames), plugin="pillow", is_batch=True)  # an animated one
+    assert sample.read_clip(tmp_path, 8, 8).shape == (3, 8, 8, 3), "one frame for each image"
 
 
 @pytest.mark.cli
@@ -1799,6 +1836,13 @@ def test_what_a_killed_process_left_is_replaced(tmp_path):
     (tmp_path / "m.pt.tmp").write_bytes(b"half")
     df.save_checkpoint(tmp_path / "m.pt", tiny(), {})
     assert os.listdir(tmp_path) == ["m.pt"], "every kill would leave a file for ever: write aside to one name"
+
+
+@pytest.mark.cli
+def test_a_finished_run_can_be_stopped_in_its_last_rollout(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "rollout", lambda *args, **options: signal.raise_signal(signal.SIGINT) or iter(()))
+    said = train_here(monkeypatch, tmp_path, "--steps", "1", code=2)
+    assert "stopped" in said and df.load_checkpoint(tmp_path / "model.pt")[1]["step"] == 1, "Ctrl-C was swallowed"
 
 
 @pytest.mark.cli
@@ -2014,6 +2058,8 @@ def test_a_video_that_is_cut_off_or_damaged_is_refused(tmp_path, monkeypatch):
         at = len(whole) // 2
         path.write_bytes(whole[:at])
         refused(f"half of {name}", sample.read_clip, path, 32, 32)
+        path.write_bytes(whole[: len(whole) * 17 // 20])
+        refused(f"{name} without its end", sample.read_clip, path, 32, 32)
         if "libx264" in codec:
             path.write_bytes(whole[:at] + bytes(255 - b for b in whole[at : at + 200]) + whole[at + 200 :])
             refused(f"{name} with a scratch", sample.read_clip, path, 32, 32)
@@ -2270,9 +2316,10 @@ def test_only_what_a_user_can_mend_is_told_in_one_line(capsys):
     (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.npy", "overwrite"),
     (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.actions.npy", "overwrite"),
     (sample, "--ckpt ok.pt --actions none.npy", "none.npy"), (sample, "--ckpt both.pt --out o.npy", "one copy"),
-    (sample, "--device nonsense", "--device"), (train, "--out old.pt", "old.resume.pt exists"),
+    (sample, "--device nonsense", "--device"), (sample, "--device meta", "--device"), (sample, "--out full.mp4", "--out"),
+    (train, "--lr abc", "--lr"), (train, "--data junk.pt", "not a folder"), (train, "--out old.pt", "old.resume.pt exists"),
     (train, "--data none", "--data"), (train, "--data empty", "--data"), (train, "--data . --cache cache --size 15", "15x15"),
-    (train, "--resume", "model.resume.pt"), (train, "--out none/model.pt", "--out"), (train, "--batch 0", "--batch"),
+    (train, "--resume", "there is no model.resume.pt"), (train, "--out none/model.pt", "--out"), (train, "--batch 0", "--batch"),
     (train, "--size 8", "two balls"), (train, "--size 8x", "--size"), (train, "--size 16x32", "square"), (train, "--out .", "--out"),
     (train, "--seed -1", "--seed"), (train, "--steps -1", "--steps"), (train, "--init junk.pt", "junk.pt"),
 ])
@@ -2280,6 +2327,7 @@ def test_a_users_mistake_is_one_line_and_status_two(tmp_path, script, words, sai
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "old.resume.pt").write_bytes(b"of a run whose old.pt was moved: not to be lost")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "full.mp4").mkdir()
     np.save(tmp_path / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
     for name, options in (("ok.pt", {}), ("both.pt", dict(causal=False))):
         df.save_checkpoint(tmp_path / name, tiny(**options), random_denoiser().state_dict())

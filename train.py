@@ -72,8 +72,7 @@ BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 2
 
 def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=8, speed=SPEED):
     """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3)."""
-    if size < 4 * radius:
-        raise ValueError(f"size is {size}; two balls need {4 * radius:.0f} pixels or more")
+    need(size >= 4 * radius, f"size is {size}; two balls need {4 * radius:.0f} pixels or more")
     angle = rng.uniform(0, 2 * np.pi, (num_clips, 2))
     v = np.stack([np.cos(angle), np.sin(angle)], -1)  # (N, ball, xy)
     v = v * rng.uniform(*speed, (num_clips, 2, 1))
