@@ -24,7 +24,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from tqdm import tqdm
 
-from diffusion_forcing import (SCHEDULES, SOLVERS, endless_level, load_checkpoint, need, rollout,
+from diffusion_forcing import (SCHEDULES, SOLVERS, load_checkpoint, need, rollout,
                                scheduling_matrix)
 
 STEPS, SOLVER = 6, "multistep"  # chosen by rollouts of balls and of real clips, which gain from 10
@@ -33,7 +33,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # What a video may be, whatever its name: no playlist and no script, which could open other files.
 VIDEO = ["-hide_banner", "-xerror", "-protocol_whitelist", "file", "-format_whitelist",
          "mov,matroska,avi"]
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of frames that we scale
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # no warnings: we scale on purpose
 
 
 def in_words(error):
@@ -75,8 +75,7 @@ def positive(text, kind=int):
     raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kind.__name__}")
 
 
-def positive_float(text):
-    return positive(text, float)
+positive_float = lambda text: positive(text, float)
 
 
 def find_device(name=None):
@@ -92,8 +91,8 @@ def find_device(name=None):
 
 
 def to_frames(clip, device="cpu"):
-    """uint8 (..., H, W, C) array -> float (..., C, H, W) tensor in [-1, 1] on the device, to which
-    only bytes travel."""
+    """uint8 (..., H, W, C) array -> float (..., C, H, W) tensor in [-1, 1]. The device gets bytes,
+    a quarter of the floats."""
     return torch.from_numpy(clip).to(device).movedim(-1, -3).float() / 127.5 - 1
 
 
@@ -149,7 +148,7 @@ def read_frames(path, height, width):
             fps, duration = (video.get_meta_data()[key] for key in ("fps", "duration"))
             for count, frame in enumerate(video, 1):
                 yield frame
-        if count < fps * duration - 1:  # cut off, a decoder that was killed, or a variable rate?
+        if count < fps * duration - 1:  # cut off, the decoder killed, or only a variable rate?
             again, ticks = (sum(1 for _ in decode(*how)) for how in
                             (("scale=2:2", *every), ("fps=20,scale=2:2",)))
             need(count >= again and ticks / 20 >= 0.95 * duration - 0.1,
@@ -258,24 +257,25 @@ def parse_args():
     add("--ckpt", default="model.pt", help="as written by train.py (%(default)s)")
     add("--frames", type=positive, default=256, help="length, context included (%(default)s)")
     add("--out", type=Path, default="rollout.mp4", help=".mp4, .gif, .webm or .npy (%(default)s)")
-    add("--context", nargs="+", default=[], metavar="CLIP", help="go on from it; several: one each")
+    add("--context", nargs="+", default=[], metavar="CLIP", help="clips to go on from, one rollout "
+        "for each")
     add("--context-frames", type=positive, help="how many of its first frames are given (4)")
     add("--actions", help=".npy (T, A), repeated at its end (the side file of --context)")
     add("--schedule", choices=SCHEDULES, default="autoregressive", help="(%(default)s)")
-    add("--uncertainty", type=positive_float, default=1.0, help="pyramid: a frame starts so many "
-        "steps after the one before it, and costs so many network calls (%(default)s)")
+    add("--uncertainty", type=positive_float, default=2.0, help="pyramid: steps between the starts "
+        "of two frames, and network calls for each frame (%(default)s)")
     add("--tile", type=positive, help="full_sequence: frames that come down together (as trained)")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
     add("--solver", choices=SOLVERS, default=SOLVER, help="multistep keeps variety, and sharpness "
         "with few steps; euler pulls towards the mean (%(default)s)")
     add("--context-noise", type=positive_float, help="sigma of the history: more of it forgives "
-        "more errors and remembers less (as in the checkpoint: 0.05)")
+        "more errors and remembers less (that of the checkpoint)")
     add("--batch", type=positive, default=1, help="number of rollouts, a file each (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--fps", type=positive_float, default=15, help="frames/s of the video (%(default)s)")
     add("--scale", type=positive, help="enlarge pixels, never in .npy (to a height of 256 or more)")
     add("--device", help="cuda, mps or cpu (the first of them that is there)")
-    add("--show-schedule", action="store_true", help="print the levels of all frames, and stop")
+    add("--show-schedule", action="store_true", help="print the matrix for --frames, and stop")
     return p.parse_args()
 
 
@@ -285,8 +285,8 @@ def load_inputs(args, config, stride):
     if args.context:
         clips = [read_clip(c, config.height, config.width, span)[::stride] for c in args.context]
         for path, clip in zip(args.context, clips):
-            need(len(clip) == args.context_frames,
-                 f"{path} has {len(clip)} frames; --context-frames is {args.context_frames}")
+            need(len(clip) == args.context_frames, f"{path} is too short: --context-frames is "
+                 f"{args.context_frames}" + f", every {stride}th of the clip" * (stride > 1))
         clips = [clips[i % len(clips)] for i in range(args.batch)]
         context = to_frames(np.stack(clips), args.device)
     if not config.action_dim:
@@ -307,24 +307,31 @@ def main():
     args = parse_args()
     args.batch = max(args.batch, len(args.context))
     args.context_frames = args.context_frames or (4 if args.context else 0)
-    if args.show_schedule:
-        return show_schedule(args, *schedule(args, 16))
     paths = [args.out]
     if args.batch > 1:
         paths = [args.out.with_stem(f"{args.out.stem}_{i}") for i in range(args.batch)]
     inputs = [*args.context, *map(side_file, args.context), *filter(None, [args.actions])]
     with mistakes(ValueError):
+        need(args.frames > args.context_frames or not args.show_schedule, "--frames is too short")
+        if args.show_schedule:
+            matrix = scheduling_matrix(args.schedule, args.frames - args.context_frames, args.steps,
+                                       args.uncertainty)
+            return [print(*[0] * args.context_frames, *row) for row in matrix.tolist()]
         known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
         need(known and args.out.parent.is_dir() and not args.out.is_dir(),
              f"--out {args.out}: .mp4, .webm, .gif or .npy in an existing folder is needed")
         need(not {p.resolve() for p in paths} & {Path(i).resolve() for i in inputs},
              f"--out {args.out} would overwrite what the rollout is made from")
+        full = args.schedule == "full_sequence"
+        need(full or not args.tile, "--tile is for --schedule full_sequence only")
         args.device = find_device(args.device)
         model, extra = load_checkpoint(args.ckpt, args.device)
         config = model.config
         config.context_noise = args.context_noise or config.context_noise
         context, actions = load_inputs(args, config, extra.get("stride", 1))
-        matrix, period = schedule(args, config.clip_frames)
+        tile = args.tile or config.clip_frames if full else 1
+        matrix = scheduling_matrix(args.schedule, tile, args.steps)
+        period = args.uncertainty if args.schedule == "pyramid" else None  # endless: one column
         frames = rollout(model, matrix, args.frames, context, period=period, actions=actions,
                          batch_size=args.batch, solver=args.solver,
                          generator=torch.Generator(args.device).manual_seed(args.seed))
@@ -338,26 +345,9 @@ def main():
                     for write, image in zip(writers, to_bytes(frame)):
                         write(image)
         except OSError as error:
-            fail(f"{args.out}: {in_words(error)}")
+            fail(error if error.filename else f"{args.out}: {in_words(error)}")
         except KeyboardInterrupt:
             fail(f"stopped after {bar.n} of {args.frames} frames; those are written")
-
-
-def schedule(args, clip_frames):
-    """-> the scheduling matrix, and the period with which it is laid along time."""
-    tile = args.tile or clip_frames if args.schedule == "full_sequence" else 1
-    matrix = scheduling_matrix(args.schedule, tile, args.steps)
-    return matrix, args.uncertainty if args.schedule == "pyramid" else len(matrix) - 1
-
-
-def show_schedule(args, matrix, period):
-    """Prints the endless matrix, cut to --frames; the context is at level 0."""
-    for row in itertools.count():
-        levels = [endless_level(matrix.tolist(), period, row, t - args.context_frames)
-                  for t in range(args.frames)]
-        print(*levels)
-        if not any(levels):
-            return
 
 
 if __name__ == "__main__":

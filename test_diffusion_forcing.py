@@ -1465,8 +1465,8 @@ def test_every_pass_of_every_step_has_a_number_of_its_own(tmp_path, monkeypatch)
     drawn, real = [], train.draw
     monkeypatch.setattr(train, "draw", lambda data, s, n, T, at, held=False: drawn.append((at, held)) or real(data, s, n, T, at, held))
     train_here(monkeypatch, tmp_path, *"--steps 3 --accumulate 2".split())
-    steps = [at for at, _ in drawn if at < train.MEASURE]
-    assert steps == list(range(8)), "step 0: 0 and 1, step 1: 2 and 3 ...; one step is drawn ahead"
+    steps = [divmod(at, train.PARTS) for at, _ in drawn if at < train.MEASURE]
+    assert steps == [(step, part) for step in range(4) for part in range(2)], "both parts of each step; one step is drawn ahead"
     assert len({at for at, _ in drawn}) == len(drawn), "measuring, previews and training take different clips"
 
 
@@ -1602,11 +1602,14 @@ def test_what_killed_runs_left_in_the_cache_goes_after_a_day(tmp_path):
     clips.mkdir()
     cache.mkdir()
     np.save(clips / "a.npy", balls(1, 4)[0])
-    for name in ("old.npy.1.tmp", "new.npy.2.tmp"):
+    old, new, foreign = f"{'0' * 24}.npy.1.tmp", f"{'1' * 24}.npy.2.tmp", "mine.tmp"
+    for name in (old, new, foreign):
         (cache / name).write_bytes(b"half")
-    os.utime(cache / "old.npy.1.tmp", (1, 1))
+    for name in (old, foreign):
+        os.utime(cache / name, (1, 1))
     clips_of(clips)
-    assert sorted(p.suffix for p in cache.iterdir()) == [".npy", ".tmp"], "the old one goes; the new one may be in use"
+    left = {p.name for p in cache.iterdir() if p.suffix == ".tmp"}
+    assert left == {new, foreign}, "the old one goes; the new one may be in use, and the third is not ours"
 
 
 @pytest.mark.cli
@@ -1901,7 +1904,7 @@ def test_speed_counts_the_steps_since_it_was_last_told(tmp_path, monkeypatch):
 @pytest.mark.cli
 def test_resuming_with_other_settings_says_which_differ(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path, "--steps", "1")
-    for words, said in (("--window 3", "--window 3: model.resume.pt has 4"), ("--temporal gru", "has attention")):
+    for words, said in (("--window 3", "--window cannot change: model.resume.pt has 4"), ("--temporal gru", "has attention")):
         assert said in train_here(monkeypatch, tmp_path, "--resume", *words.split(), code=2), "say what differs"
     assert "step" in train_here(monkeypatch, tmp_path, *"--resume --steps 2 --lr 1e-5".split()), "the length may change"
 
@@ -1927,7 +1930,7 @@ def test_a_run_on_a_folder_is_resumed_on_that_folder(tmp_path, monkeypatch):
 
 @pytest.mark.cli
 def test_fine_tuning_starts_from_the_weights_and_settings_of_a_model(tmp_path, monkeypatch):
-    model = random_denoiser(height=16, width=16, dim=16, temporal="gru", context_noise=0.2)
+    model = random_denoiser(height=16, width=16, dim=16, temporal="gru", context_noise=0.2, P_mean=0.4, P_std=1.6)
     df.save_checkpoint(tmp_path / "old.pt", model.config, model.state_dict())
     counting_clip(tmp_path / "clips", 8)
     words = "--init old.pt --data clips --cache cache --steps 1 --lr 1e-9 --size 16x24".split()
@@ -1939,6 +1942,7 @@ def test_fine_tuning_starts_from_the_weights_and_settings_of_a_model(tmp_path, m
     assert c.sigma_data != model.config.sigma_data, "the new clips are measured"
     for name, weight in model.state_dict().items():
         assert torch.allclose(tuned.state_dict()[name], weight, atol=1e-5), f"{name} does not come from --init"
+    assert (c.P_mean, c.P_std, c.causal) == (Config.P_mean, Config.P_std, True), "the paradigm is that of --forcing"
     refuses = train_here(monkeypatch, tmp_path, *words, *"--temporal attention --overwrite".split(), code=2)
     assert "--temporal" in refuses, "attention cannot start from the weights of a GRU"
 
@@ -2219,8 +2223,8 @@ def test_batches_write_a_file_each_and_enlarge_all_but_npy(tmp_path, suffix):
 
 @pytest.mark.cli
 @pytest.mark.parametrize("words,kind,tile,period", [
-    ("--schedule pyramid --uncertainty 2.5", "pyramid", 1, 2.5), ("--schedule autoregressive", "autoregressive", 1, 4),
-    ("--schedule full_sequence --tile 3", "full_sequence", 3, 4), ("--schedule full_sequence", "full_sequence", 6, 4)])
+    ("--schedule pyramid --uncertainty 2.5", "pyramid", 1, 2.5), ("--schedule autoregressive", "autoregressive", 1, None),
+    ("--schedule full_sequence --tile 3", "full_sequence", 3, None), ("--schedule full_sequence", "full_sequence", 6, None)])
 def test_every_option_of_sample_reaches_the_rollout(tmp_path, monkeypatch, words, kind, tile, period):
     told, model = {}, random_denoiser(action_dim=1, clip_frames=6)
     df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict())
@@ -2264,8 +2268,8 @@ def test_context_noise_reaches_the_history(tmp_path):
 @pytest.mark.parametrize("words,rows", [
     ("--context-frames 2 --frames 4 --steps 2", ["0 0 2 2", "0 0 1 2", "0 0 0 2", "0 0 0 1", "0 0 0 0"]),
     ("--schedule pyramid --uncertainty 0.5 --frames 3 --steps 2", ["2 2 2", "1 1 2", "0 0 1", "0 0 0"]),
-    ("--schedule full_sequence --tile 2 --frames 3 --steps 2", ["2 2 2", "1 1 2", "0 0 2", "0 0 1", "0 0 0"])])
-def test_show_schedule_prints_the_endless_matrix(tmp_path, words, rows):
+    ("--schedule full_sequence --frames 3 --steps 2", ["2 2 2", "1 1 1", "0 0 0"])])
+def test_show_schedule_prints_the_matrix(tmp_path, words, rows):
     assert here(sample, "--show-schedule", *words.split(), cwd=tmp_path).splitlines() == rows, "one row for each step, 0 for context"
 
 
@@ -2316,6 +2320,7 @@ def test_only_what_a_user_can_mend_is_told_in_one_line(capsys):
     (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.npy", "overwrite"),
     (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.actions.npy", "overwrite"),
     (sample, "--ckpt ok.pt --actions none.npy", "none.npy"), (sample, "--ckpt both.pt --out o.npy", "one copy"),
+    (sample, "--ckpt ok.pt --tile 2", "--tile"), (train, "--stride 2", "--stride"), (train, "--out lost.pt", "lost.pt exists: --overwrite"),
     (sample, "--device nonsense", "--device"), (sample, "--device meta", "--device"), (sample, "--out full.mp4", "--out"),
     (train, "--lr abc", "--lr"), (train, "--data junk.pt", "not a folder"), (train, "--out old.pt", "old.resume.pt exists"),
     (train, "--data none", "--data"), (train, "--data empty", "--data"), (train, "--data . --cache cache --size 15", "15x15"),
@@ -2328,6 +2333,7 @@ def test_a_users_mistake_is_one_line_and_status_two(tmp_path, script, words, sai
     (tmp_path / "old.resume.pt").write_bytes(b"of a run whose old.pt was moved: not to be lost")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full.mp4").mkdir()
+    (tmp_path / "lost.pt").write_bytes(b"a model without its resume.pt")
     np.save(tmp_path / "short.npy", np.zeros((2, 8, 8, 3), np.uint8))
     for name, options in (("ok.pt", {}), ("both.pt", dict(causal=False))):
         df.save_checkpoint(tmp_path / name, tiny(**options), random_denoiser().state_dict())

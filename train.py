@@ -11,8 +11,9 @@
 
 Beside --out model.pt it writes model.resume.pt (what --resume needs), model.csv (the log),
 model.preview.mp4 (real clips above, rollouts from their first frames below) and, at the end,
-model.rollout.mp4 (the same for 256 frames). Losses in the log: of training (loss / exp(u) + u, soon
-below zero); then, plain, of held-out clips with little, middling and much noise.
+model.rollout.mp4 (the same for 256 frames). The log has the training loss (each frame counts as
+loss / exp(u) + u, so it soon falls below zero) and, every 500 steps, the plain loss of held-out
+clips at low, middle and high noise.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from sample import (SOLVER, STEPS, fail, find_device, in_words, list_images, mis
                     video_writer)
 
 RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
-PRESETS = {  # small: for anything, and for the balls. base: some tens of millions, for a GPU.
+PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, for a GPU.
     "small": dict(size=(32, 32), batch=2, lr=3e-3, warmup=100, ema=0.995, minutes=8.0, dim=32,
                   dim_mults=(1, 2), fast=False, save_minutes=2),
     "base": dict(size=(64, 64), batch=32, lr=3e-4, warmup=1000, ema=0.9995, steps=200_000, dim=128,
@@ -52,8 +53,8 @@ PRESETS = {  # small: for anything, and for the balls. base: some tens of millio
 }
 SUITS = {  # what each paradigm changes in Config, chosen by rollouts
     "diffusion": {},
-    "teacher": dict(P_std=1.6),  # no frame's past is a mixture of sigmas
-    "full_sequence": dict(P_mean=0.4, P_std=1.6, causal=False),  # frames tell of each other
+    "teacher": dict(P_std=1.6),
+    "full_sequence": dict(P_mean=0.4, P_std=1.6, causal=False),
 }
 FIXED = ("size", "clip_frames", "stride", "batch", "window", "temporal", "forcing", "context_noise",
          "seed")  # what --resume cannot change
@@ -61,7 +62,8 @@ VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif", ".npy")
 NO_CLIPS = (".actions.npy", ".preview.mp4", ".rollout.mp4")  # the last two are our own
 HELD_OUT = 10  # every tenth clip is held out from training
 CONTEXT = 4  # real frames that a preview goes on from
-MEASURE, PREVIEW, VALIDATE = 2**40, 2**41, 2**42  # for draw(): numbers that no step reaches
+PARTS = 2**16  # for draw(): part p of step i has number i * PARTS + p; no step reaches these:
+MEASURE, PREVIEW, VALIDATE = 2**60, 2**61, 2**62
 LOG = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
 RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
 BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
@@ -105,6 +107,7 @@ class Balls:
 
     def __init__(self, s):
         need(s.size[0] == s.size[1], f"--size {s.size}: the box of the balls is a square")
+        need(s.stride == 1, "--stride: only clips of --data have a stride")
         self.size = s.size[0]
 
     def batch(self, rng, n, num_frames, held=False):
@@ -117,7 +120,7 @@ class Clips:
 
     def __init__(self, s):
         need(Path(s.data).is_dir(), f"--data {s.data} is not a folder")
-        for left in Path(s.cache).glob("*.tmp"):  # by a run that was killed
+        for left in Path(s.cache).glob("?" * 24 + ".npy.*.tmp"):  # by a run that was killed
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
         self.stride, self.clips, skipped = s.stride, [], 0  # clips: (path, length, actions)
@@ -152,7 +155,7 @@ class Clips:
         for row, i in zip(actions, rng.choice(len(self.clips), n, p=self.share[held])):
             path, length, rows = self.clips[i]
             at = rng.integers(length - self.span + 1) + np.arange(num_frames) * self.stride
-            at = np.minimum(at, length - 1)  # too short for a preview: it stands still
+            at = np.minimum(at, length - 1)  # only previews are so long: then it stands still
             # opened anew each time: thousands of open files are more than systems allow
             clips.append(np.load(path, mmap_mode="r", allow_pickle=False)[at])
             row[:] = 0 if rows is None else rows[at]
@@ -195,9 +198,9 @@ def cached_clip(file, size, cache):
 
 def draw(data, s, n, num_frames, at, held=False):
     """The only way from the data to a batch -> clips (n, T, H, W, 3) uint8, actions (n, T, A), and
-    a seed for the noise. All that is random in it follows from (seed, at), whoever draws it: so
-    neither a restart nor the number of processes changes a batch. It runs ahead in a thread of its
-    own, and so without torch, whose threads would take the cores from those of the step."""
+    a seed for the noise. All that is random depends on (seed, at) alone, so that neither a restart
+    nor the number of processes changes a batch. It uses numpy only: it runs in a second thread,
+    and torch in that thread would slow down the training step."""
     rng = np.random.default_rng((s.seed, at))
     seed = int(rng.integers(2**62))
     return *data.batch(rng, n, num_frames, held), seed
@@ -259,8 +262,10 @@ def parse_args():
         "rollouts, and as the past in teacher forcing (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise (%(default)s)")
     add("--device", help="cuda, mps or cpu (the first of them that is there)")
-    add("--cache", default=os.path.expanduser("~/.cache/diffusion_forcing"), help="decoded clips")
-    add("--init", help="a checkpoint to start from: its weights, and its settings as defaults")
+    add("--cache", default=os.path.expanduser("~/.cache/diffusion_forcing"),
+        help="folder for decoded clips (%(default)s)")
+    add("--init", help="checkpoint to start from: its weights; by default also its size, clip "
+        "length, window, network and context noise")
     add("--resume", action="store_true", help="go on from --out's .resume.pt")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     given = p.parse_args()
@@ -268,9 +273,9 @@ def parse_args():
     need(out.suffix == ".pt" and not out.is_dir() and out.parent.is_dir(),
          f"--out {out}: a .pt file in an existing folder is needed")
     resume = out.with_suffix(".resume.pt")
-    there = [path for path in (out, resume) if path.exists()]
-    need(not there or given.resume or given.overwrite,
-         f"{[*there, ''][0]} exists: --resume goes on with it, --overwrite starts anew")
+    existing = [path for path in (out, resume) if path.exists()]
+    need(not existing or given.resume or given.overwrite, f"{[*existing, ''][0]} exists: "
+         + "--resume goes on with it, " * resume.exists() + "--overwrite starts anew")
     device, model, saved = find_device(given.device), None, {}
     if given.resume:
         need(resume.exists(), f"--resume: there is no {resume}; a new run starts without --resume")
@@ -292,7 +297,7 @@ def parse_args():
     s.device = device
     for k in FIXED:
         was = saved["settings"][k] if saved else getattr(s, k)
-        need(getattr(s, k) == was, f"--{k.replace('_', '-')} {getattr(s, k)}: {resume} has {was}")
+        need(getattr(s, k) == was, f"--{k.replace('_', '-')} cannot change: {resume} has {was}")
     need(s.seed >= 0, f"--seed {s.seed}: at least 0 is needed")
     need(not given.init or s.temporal == model.config.temporal,
          f"--temporal {s.temporal}: {given.init} has another")
@@ -304,22 +309,23 @@ def parse_args():
 
 def new_model(s, data, init):
     """-> a Denoiser for these settings and this data, with the weights of `init`, if any."""
-    suits = SUITS[s.forcing] | (dict(causal=True) if s.temporal == "gru" else {})
+    suits = dict(P_mean=Config.P_mean, P_std=Config.P_std, causal=True) | SUITS[s.forcing]
+    suits["causal"] |= s.temporal == "gru"
     config = dataclasses.replace(
         init.config if init else Config(dim=s.dim, dim_mults=s.dim_mults), height=s.size[0],
         width=s.size[1], action_dim=data.action_dim, clip_frames=s.clip_frames, window=s.window,
         temporal=s.temporal, context_noise=s.context_noise, **suits, **measure(data, s))
     torch.manual_seed(s.seed)
     model = Denoiser(config)
-    own, given = model.state_dict(), init.state_dict() if init else {}
-    model.load_state_dict(own | {k: w for k, w in given.items()  # those of other actions do not fit
-                                 if k in own and w.shape == own[k].shape})
+    own, old = model.state_dict(), init.state_dict() if init else {}
+    fit = {k: w for k, w in old.items() if k in own and w.shape == own[k].shape}
+    model.load_state_dict(fit, strict=False)  # all but the weights of other actions
     return model
 
 
 def preview(path, model, data, s, num_frames):
     """Writes a video: four real clips above, rollouts from their first frames below. A model of
-    full_sequence knows whole clips, from nothing: that is what it shows."""
+    full_sequence can only make one whole clip from nothing: its preview is that."""
     context, matrix = min(CONTEXT, num_frames - 1), scheduling_matrix("autoregressive", 1, STEPS)
     if s.forcing == "full_sequence":
         context, num_frames = 0, min(s.clip_frames, s.window)
@@ -333,13 +339,13 @@ def preview(path, model, data, s, num_frames):
             for real, rolled in zip(x.unbind(1), bar):
                 write(to_bytes(make_grid([*real, *rolled], nrow=4, padding=0)))
     except OSError as error:  # no reason to end a training
-        print(f"{path}: {in_words(error)}")
+        print(in_words(error) if error.filename else f"{path}: {in_words(error)}")
 
 
 @torch.no_grad()
 def validate(model, data, s):
-    """-> the losses of held-out clips, always the same, with little, middling and much noise: ln
-    sigma is P_mean - P_std, P_mean and P_mean + P_std. No numbers, if no clip is held out."""
+    """-> the losses of held-out clips, always the same, at low, middle and high noise: ln sigma is
+    P_mean - P_std, P_mean and P_mean + P_std. NaN if no clip is held out."""
     losses, config = [math.nan] * 3, model.config
     for i in range(3 * data.held_out):
         x, actions, generator = to_device(draw(data, s, 16, s.clip_frames, VALIDATE, True), s)
@@ -359,7 +365,7 @@ def everywhere(value, op=dist.ReduceOp.MAX):
 
 
 def main():
-    # under torchrun: several processes, of which the first speaks for all
+    # under torchrun: several processes, of which the first prints and saves
     if WORLD > 1:
         cuda = torch.cuda.is_available()
         if cuda:
@@ -371,8 +377,8 @@ def main():
     # the data, the model, its moving average, the optimizer: new, or as saved
     with mistakes(ValueError):
         s, model, saved = parse_args()
-        for turn in (True, False):  # the first process decodes, the others then find all done
-            if turn == (RANK == 0):
+        for turn in (True, False):  # the first process of a machine decodes, then come the others
+            if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
                 data = Clips(s) if s.data else Balls(s)
             everywhere(0)
         model = model if saved else new_model(s, data, model)
@@ -380,7 +386,7 @@ def main():
              f"--data {s.data} has {data.action_dim} actions, unlike when the run began")
     config = model.config
     model = model.to(s.device).train()
-    ema = copy.deepcopy(model).to(s.device).eval()  # .to: a GRU's copy is in pieces before
+    ema = copy.deepcopy(model).to(s.device).eval()  # .to packs the weights of a GRU again
     expected_loss = ExpectedLoss(config).to(s.device)
     weights = [*model.parameters(), *expected_loss.parameters()]
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.99))
@@ -398,7 +404,7 @@ def main():
     cuda = s.device.startswith("cuda")
     fast = s.fast and cuda and torch.cuda.get_device_capability(s.device) >= (8, 0)
     network, expect = model, expected_loss
-    if fast and s.temporal == "attention" and sys.platform != "win32":  # a graph ends at every GRU
+    if fast and s.temporal == "attention" and sys.platform != "win32":  # a GRU stops it
         network = torch.compile(network)  # TORCH_COMPILE_DISABLE=1 switches it off
     if WORLD > 1:
         network, expect = DistributedDataParallel(network), DistributedDataParallel(expect)
@@ -409,47 +415,53 @@ def main():
     def ask_to_stop(number, _):
         stop.append(number)
         if WORLD == 1:
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
             signal.signal(number, signal.SIG_DFL)
 
     stop, out, resume = [], Path(s.out), Path(s.out).with_suffix(".resume.pt")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
-    bar = tqdm(total=1.0, disable=RANK > 0,
+    progress = lambda: min(1, max(step / s.steps if s.steps else 0,
+                                  elapsed / 60 / s.minutes if s.minutes else 0))
+    bar = tqdm(total=1.0, initial=progress(), disable=RANK > 0,
                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
     pool, start = ThreadPoolExecutor(1), time.monotonic() - elapsed
-    told, told_at, saved_at = step, elapsed, elapsed  # since when: speed; the last checkpoint
+    row_step, row_time, save_time = step, elapsed, elapsed  # of the last log row, and checkpoint
     prepare = lambda step: [  # the batches of this process for a step
-        draw(data, s, s.batch, s.clip_frames, step * s.accumulate + part)
+        draw(data, s, s.batch, s.clip_frames, step * PARTS + part)
         for part in range(RANK, s.accumulate, WORLD)]
     upcoming = pool.submit(prepare, step)
     while True:
-        # every 20 steps, and at the end: is all well? a row of the log, a checkpoint, a preview
-        done = max(step / s.steps if s.steps else 0, elapsed / 60 / s.minutes if s.minutes else 0)
-        end = everywhere(len(stop)) > 0 or done >= 1
+        # every 20 steps, and at the end: a row of the log; when due, a checkpoint and a preview
+        done = progress()
+        end = everywhere(len(stop)) > 0 or done == 1
         if count and (end or step % 20 == 0):
-            loss = everywhere(total / count, dist.ReduceOp.SUM) / WORLD
+            loss = everywhere(total / count, dist.ReduceOp.SUM) / WORLD  # this waits for a GPU
+            elapsed = everywhere(time.monotonic() - start)
             if not math.isfinite(loss):
                 fail(f"the loss of steps {step - count} to {step} is {loss}: a lower --lr may help"
-                     + f". {resume} is whole, and --resume goes on with it" * (saved_at > 0))
+                     + f". {resume} is whole, and --resume goes on with it" * (save_time > 0))
         if count and step % 20 == 0:
-            speed = (step - told) * s.accumulate * s.batch * s.clip_frames / (elapsed - told_at)
+            clips = (step - row_step) * s.accumulate * s.batch
+            speed = clips * s.clip_frames / (elapsed - row_time)
             losses = validate(ema, data, s) if step % 500 == 0 else [math.nan] * 3
             log += ",".join(f"{v:.6g}" for v in (step, loss, lr, *losses, speed, elapsed)) + "\n"
             bar.set_postfix_str(f"step {step}, loss {loss:.4f}, {speed:.0f} frames/s")
-            bar.update(min(done, 1) - bar.n)
-            total, count, told, told_at = 0.0, 0, step, everywhere(time.monotonic() - start)
-        if RANK == 0 and (end or step % 20 == 0 and elapsed - saved_at > 60 * s.save_minutes):
+            bar.update(done - bar.n)
+            total, count, row_step, row_time = 0.0, 0, step, time.monotonic() - start
+        if RANK == 0 and (end or step % 20 == 0 and elapsed - save_time > 60 * s.save_minutes):
             settings = {k: v for k, v in vars(s).items()
                         if k not in ("out", "device", "init", "resume", "overwrite")}
             save_checkpoint(resume, config, model.state_dict(), step=step, elapsed=elapsed, log=log,
                             total=float(total), count=count, settings=settings,
                             **{name: part.state_dict() for name, part in parts.items()})
             save_checkpoint(out, config, ema.state_dict(), step=step, stride=s.stride)
-            out.with_suffix(".csv").write_text(log)
-            saved_at = elapsed
+            with contextlib.suppress(OSError):  # it may be open in another program
+                out.with_suffix(".csv").write_text(log)
+            save_time = elapsed
             if not end:
                 preview(out.with_suffix(".preview.mp4"), ema, data, s, 2 * s.clip_frames)
-                told, told_at = step, time.monotonic() - start
+                row_time = time.monotonic() - start  # previews do not count
         if end:
             break
 
