@@ -278,7 +278,8 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
     What a pyramid costs (u <= S): one call of the network serves all frames in flight, about S / u.
     So T frames take S + floor(u (T - 1)) calls: the first ones fill the pyramid, the last ones
     drain it. An endless one, rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u),
-    takes u calls for each frame. Raises ValueError for what cannot work.
+    takes u calls for each frame. (Each frame is still in S of them, and in one as history.) Raises
+    ValueError for what cannot work.
     """
     need(kind in SCHEDULES, f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
     need(num_frames >= 1, f"num_frames is {num_frames}; at least 1 is needed")
@@ -387,8 +388,8 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     for row in itertools.count():
         if given_out == num_frames:
             return
-        # Join: a frame joins in the row in which it starts. Before that it costs nothing: it is
-        # pure noise, and only later frames could see it. (A two-way model gets all at once.)
+        # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
+        # not move, and nobody sees it, as no later frame has started. (Two-way: all at once.)
         while joined != num_frames and (level(row + 1, joined) < S or not config.causal):
             x = float(sigmas[S]) * noise()
             frames.append(Frame(joined, x, noise(), x))
@@ -420,7 +421,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         D_half = D + ahead * (D - D_last)
         x = D_half + shrink * (x - D_half)
         for i, frame in enumerate(frames):
-            if now[i] != after[i]:  # a frame whose level is held keeps every bit
+            if now[i] != after[i]:  # a held frame keeps every bit (a finished one: x is 0 / 0 here)
                 frame.x, frame.D, frame.s_last = x[:, i], D[:, i], float(s[i])
         # Leave: what is in the state is not needed here any more. Give out what is finished.
         frames = frames[finished:]
@@ -586,7 +587,8 @@ class TemporalAttention(nn.Module):
         sees = (ago < self.window) & (ago >= 0 if self.causal else ago > -self.window)
         if two_streams:
             noisy, itself = torch.arange(T, device=x.device) >= T // 2, torch.eye(T).to(sees)
-            sees = sees & ~noisy & ~(noisy[:, None] & (ago == 0)) | itself  # (queries,keys)
+            twin = noisy[:, None] & (ago == 0)  # of a noisy frame, its clean twin
+            sees = sees & ~noisy & ~twin | itself  # clean keys, but for the twin; and itself
         cos, sin = rotation(position, self.head_dim)
         q, k = rotary(q, cos[-T:], sin[-T:]), rotary(k, cos, sin)
         # CUDA's attention kernels take at most 65,535 sequences in one call.
