@@ -292,9 +292,9 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
 
 
 def endless_level(matrix, period, row, t):
-    """The level in a row of the endless matrix of frame t, counted from the end of the context.
-    Copies of `matrix`, a list of rows, follow each other in time: copy j starts floor(j * period)
-    rows after copy 0. Before that its frames are at level S, and after its end at 0."""
+    """The level of frame t, counted from the end of the context, in one row of the endless matrix.
+    It is made of copies of `matrix` (a list of rows), one after the other in time. Copy j starts
+    floor(j * period) rows after copy 0. Before that its frames are at S, and after its end at 0."""
     copy, column = divmod(t, len(matrix[0]))
     row -= math.floor(copy * period)  # as in scheduling_matrix; float32 would round much sooner
     return 0 if t < 0 else matrix[min(max(row, 0), len(matrix) - 1)][column]
@@ -342,24 +342,31 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
          f"num_frames is {num_frames}; it counts the {given} frames of context and is at least 1")
     need(solver in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed")
     matrix = matrix.cpu()
-    need(matrix.ndim == 2 and matrix.numel() and not matrix.is_floating_point(),
-         "a scheduling matrix holds integers: one row for each step, one column for each frame")
-    need(matrix.max() > 0 and (matrix[0] == matrix.max()).all() and (matrix[-1] == 0).all()
-         and (matrix.diff(dim=0) <= 0).all(),
-         "a scheduling matrix starts with a row of S, ends with a row of 0, and never rises")
-    M, T = len(matrix) - 1, matrix.shape[1]
-    period = M if period is None else period
-    need(0 < period < math.inf, f"period is {period}; a number above 0 is needed")
-    next_copy = matrix[(torch.arange(M + 1) - math.floor(period)).clamp(min=0), 0]
-    in_order = (matrix.diff(dim=1) >= 0).all() and (next_copy >= matrix[:, -1]).all()
-    need(in_order or not config.causal, "in no row may a frame be cleaner than one before it, as a "
-         f"causal model could not use it: take another matrix, or a longer period than {period}")
-    longest = min(given + T, config.window)
+    period = check_matrix(matrix, period, config.causal)
+    longest = min(given + matrix.shape[1], config.window)
     need(config.causal or num_frames is not None and num_frames <= longest,
          f"num_frames is {num_frames}; a two-way model (causal=False) rolls out one copy of the "
          f"matrix, within its window: here at most {longest}")
     return roll(model, matrix.tolist(), num_frames, context, period, actions, solver, generator,
                 config)
+
+
+def check_matrix(matrix, period, causal):
+    """-> the period, or its default M. Raises ValueError for a matrix or a period that `rollout`
+    cannot use."""
+    need(matrix.ndim == 2 and matrix.numel() and not matrix.is_floating_point(),
+         "a scheduling matrix holds integers: one row for each step, one column for each frame")
+    need(matrix.max() > 0 and (matrix[0] == matrix.max()).all() and (matrix[-1] == 0).all()
+         and (matrix.diff(dim=0) <= 0).all(),
+         "a scheduling matrix starts with a row of S, ends with a row of 0, and never rises")
+    M = len(matrix) - 1
+    period = M if period is None else period
+    need(0 < period < math.inf, f"period is {period}; a number above 0 is needed")
+    next_copy = matrix[(torch.arange(M + 1) - math.floor(period)).clamp(min=0), 0]
+    in_order = (matrix.diff(dim=1) >= 0).all() and (next_copy >= matrix[:, -1]).all()
+    need(in_order or not causal, "in no row may a frame be cleaner than one before it, as a causal "
+         f"model could not use it: take another matrix, or a longer period than {period}")
+    return period
 
 
 @dataclass

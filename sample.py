@@ -36,10 +36,10 @@ VIDEO = ["-hide_banner", "-xerror", "-protocol_whitelist", "file", "-format_whit
 logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # no warnings: we scale on purpose
 
 
-def in_words(error):
-    """An error, in one line."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return f"{error.filename}: {reason}" if getattr(error, "filename", None) else reason
+def in_words(error, path=None):
+    """An error in one line, with its file; path: that file, if the error does not know it."""
+    reason, path = getattr(error, "strerror", None), getattr(error, "filename", None) or path
+    return f"{path}: {reason or error}" if path else f"{reason or error}"
 
 
 def fail(error):
@@ -160,10 +160,10 @@ def read_image(path):
     """-> uint8 (h, w, 3), turned upright. Raises ValueError, with the name."""
     try:
         need(path.is_file(), "not a file")
-        frame = iio.imread(path, plugin="pillow", index=0, rotate=True)
-        if frame.dtype == np.uint16:  # grey values, which Pillow would clip
-            return (frame // 257).astype(np.uint8)[..., None].repeat(3, -1)
-        return iio.imread(path, plugin="pillow", index=0, rotate=True, mode="RGB")
+        with iio.imopen(path, "r", plugin="pillow") as file:
+            deep = file.metadata(index=0)["mode"].startswith("I")  # Pillow would clip it
+            frame = file.read(index=0, rotate=True, mode=None if deep else "RGB")
+        return (frame // 257).astype(np.uint8)[..., None].repeat(3, -1) if deep else frame
     except Exception as error:  # whatever a foreign or damaged file provokes
         raise ValueError(f"{path.name} cannot be read ({error})") from error
 
@@ -345,7 +345,7 @@ def main():
                     for write, image in zip(writers, to_bytes(frame)):
                         write(image)
         except OSError as error:
-            fail(error if error.filename else f"{args.out}: {in_words(error)}")
+            fail(in_words(error, args.out))
         except KeyboardInterrupt:
             fail(f"stopped after {bar.n} of {args.frames} frames; those are written")
 

@@ -339,20 +339,22 @@ def preview(path, model, data, s, num_frames):
             for real, rolled in zip(x.unbind(1), bar):
                 write(to_bytes(make_grid([*real, *rolled], nrow=4, padding=0)))
     except OSError as error:  # no reason to end a training
-        print(in_words(error) if error.filename else f"{path}: {in_words(error)}")
+        print(in_words(error, path))
 
 
 @torch.no_grad()
 def validate(model, data, s):
     """-> the losses of held-out clips, always the same, at low, middle and high noise: ln sigma is
     P_mean - P_std, P_mean and P_mean + P_std. NaN if no clip is held out."""
-    losses, config = [math.nan] * 3, model.config
-    for i in range(3 * data.held_out):
-        x, actions, generator = to_device(draw(data, s, 16, s.clip_frames, VALIDATE, True), s)
-        sigma = config.in_frame_units(math.exp(config.P_mean + (i - 1) * config.P_std))
-        losses[i] = diffusion_forcing_loss(
+    if not data.held_out:
+        return [math.nan] * 3
+    losses, config, batch = [], model.config, draw(data, s, 16, s.clip_frames, VALIDATE, held=True)
+    for shift in (-1, 0, 1):
+        x, actions, generator = to_device(batch, s)
+        sigma = config.in_frame_units(math.exp(config.P_mean + shift * config.P_std))
+        losses.append(diffusion_forcing_loss(
             model, x, config, sigma=x.new_full(x.shape[:2], sigma), forcing=s.forcing,
-            actions=actions, generator=generator).item()
+            actions=actions, generator=generator).item())
     return losses
 
 
@@ -432,7 +434,8 @@ def main():
         for part in range(RANK, s.accumulate, WORLD)]
     upcoming = pool.submit(prepare, step)
     while True:
-        # every 20 steps, and at the end: a row of the log; when due, a checkpoint and a preview
+        # every 20 steps: a row of the log, and when due a checkpoint and a preview; at the end: a
+        # checkpoint. Both only if the losses are numbers
         done = progress()
         end = everywhere(len(stop)) > 0 or done == 1
         if count and (end or step % 20 == 0):
