@@ -4,9 +4,9 @@
 # ///
 """Rolls a trained model out, far beyond its training length, and writes the video as it grows.
 
-    python sample.py --ckpt assets/balls.pt --frames 256 --steps 8              from nothing
-    python sample.py --ckpt model.pt --frames 256 --context clip.mp4            going on from a clip
-    python sample.py --show-schedule --schedule pyramid --uncertainty 2 --frames 6
+    python sample.py --ckpt assets/balls.pt --frames 256                    from nothing
+    python sample.py --ckpt model.pt --frames 256 --context clip.mp4        going on from a clip
+    python sample.py --show-schedule --frames 6                             prints the matrix
 """
 
 import argparse
@@ -27,7 +27,9 @@ from tqdm import tqdm
 from diffusion_forcing import (SCHEDULES, SOLVERS, load_checkpoint, need, rollout,
                                scheduling_matrix)
 
-STEPS, SOLVER = 6, "multistep"  # chosen by rollouts of balls and of real clips, which gain from 10
+STEPS, UNCERTAINTY, SOLVER = 8, 2.0, "multistep"  # chosen by rollouts of balls and of real clips
+SUITED = {"diffusion": "pyramid", "teacher": "autoregressive",  # the schedule for each paradigm of
+          "full_sequence": "full_sequence"}                     # training
 CODECS = {".mp4": ("libx264", ["-crf", "16"]), ".webm": ("libvpx-vp9", ["-crf", "20", "-b:v", "0"])}
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # What a video may be, whatever its name: no playlist and no script, which could open other files.
@@ -250,20 +252,29 @@ def video_writer(path, height, width, fps=15, scale=None):
 # ---- the command ---------------------------------------------------------------------------------
 
 
+def matrix_for(schedule, num_frames, steps=STEPS, uncertainty=UNCERTAINTY):
+    """-> the matrix and the period for `rollout`: one column, laid along time without an end, or
+    num_frames that come down together (full_sequence)."""
+    matrix = scheduling_matrix(schedule, num_frames if schedule == "full_sequence" else 1, steps)
+    return matrix, uncertainty if schedule == "pyramid" else None
+
+
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", default="model.pt", help="as written by train.py (%(default)s)")
-    add("--frames", type=positive, default=256, help="length, context included (%(default)s)")
+    add("--frames", type=positive, help="length, context included (256; a model of full_sequence: "
+        "one clip)")
     add("--out", type=Path, default="rollout.mp4", help=".mp4, .gif, .webm or .npy (%(default)s)")
     add("--context", nargs="+", default=[], metavar="CLIP", help="clips to go on from, one rollout "
         "for each")
     add("--context-frames", type=positive, help="how many of its first frames are given (4)")
     add("--actions", help=".npy (T, A), repeated at its end (the side file of --context)")
-    add("--schedule", choices=SCHEDULES, default="autoregressive", help="(%(default)s)")
-    add("--uncertainty", type=positive_float, default=2.0, help="pyramid: steps between the starts "
-        "of two frames, and network calls for each frame (%(default)s)")
+    add("--schedule", choices=SCHEDULES, help="by default what suits the --forcing of train.py: "
+        + ", ".join(f"{schedule} for {forcing}" for forcing, schedule in SUITED.items()))
+    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: steps between "
+        "the starts of two frames, and network calls for each frame (%(default)s)")
     add("--tile", type=positive, help="full_sequence: frames that come down together (as trained)")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
     add("--solver", choices=SOLVERS, default=SOLVER, help="multistep keeps variety, and sharpness "
@@ -312,9 +323,10 @@ def main():
         paths = [args.out.with_stem(f"{args.out.stem}_{i}") for i in range(args.batch)]
     inputs = [*args.context, *map(side_file, args.context), *filter(None, [args.actions])]
     with mistakes(ValueError):
-        need(args.frames > args.context_frames or not args.show_schedule, "--frames is too short")
         if args.show_schedule:
-            matrix = scheduling_matrix(args.schedule, args.frames - args.context_frames, args.steps,
+            num_frames = (args.frames or 16) - args.context_frames
+            need(num_frames > 0, f"--frames {args.frames}: it counts the frames of context, too")
+            matrix = scheduling_matrix(args.schedule or SUITED["diffusion"], num_frames, args.steps,
                                        args.uncertainty)
             return [print(*[0] * args.context_frames, *row) for row in matrix.tolist()]
         known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
@@ -322,16 +334,18 @@ def main():
              f"--out {args.out}: .mp4, .webm, .gif or .npy in an existing folder is needed")
         need(not {p.resolve() for p in paths} & {Path(i).resolve() for i in inputs},
              f"--out {args.out} would overwrite what the rollout is made from")
-        full = args.schedule == "full_sequence"
-        need(full or not args.tile, "--tile is for --schedule full_sequence only")
         args.device = find_device(args.device)
         model, extra = load_checkpoint(args.ckpt, args.device)
         config = model.config
         config.context_noise = args.context_noise or config.context_noise
+        forcing = extra.get("forcing", "diffusion" if config.causal else "full_sequence")
+        args.frames = args.frames or (config.clip_frames if forcing == "full_sequence" else 256)
+        schedule = args.schedule or SUITED[forcing]
+        need(schedule == "full_sequence" or not args.tile,
+             f"--tile is for --schedule full_sequence only, not for {schedule}")
         context, actions = load_inputs(args, config, extra.get("stride", 1))
-        tile = args.tile or config.clip_frames if full else 1
-        matrix = scheduling_matrix(args.schedule, tile, args.steps)
-        period = args.uncertainty if args.schedule == "pyramid" else None  # endless: one column
+        matrix, period = matrix_for(schedule, args.tile or config.clip_frames, args.steps,
+                                 args.uncertainty)
         frames = rollout(model, matrix, args.frames, context, period=period, actions=actions,
                          batch_size=args.batch, solver=args.solver,
                          generator=torch.Generator(args.device).manual_seed(args.seed))

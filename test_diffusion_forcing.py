@@ -1437,6 +1437,21 @@ def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path)
     assert [words[words.index("--minutes") + 1] for words in done] == ["0.1", "4"], "the same once, another anew"
 
 
+@pytest.mark.cli
+def test_the_picture_of_the_matrices_shows_noise_black_and_clean_frames_white(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    import compare
+
+    compare.draw_matrices(tmp_path / "m.png", num_steps=2, num_frames=3, rows=6, cell=4)
+    grey = iio.imread(tmp_path / "m.png")
+    panels = [grey[2:-1:4, at + 2 : at + 20 : 4] for at in (0, 33, 66)]  # the middle of each cell; 12 white columns between panels
+    black, white = 0, 255
+    assert (panels[0][:, :2] == white).all(), "two frames of context"
+    assert panels[0][:, 2].tolist() == panels[1][:, 2].tolist() == panels[2][:, 2].tolist() == [black, 128, *[white] * 4], \
+        "the first frame comes down in two steps"
+    assert [p[:, 3].tolist().count(black) for p in panels] == [3, 3, 1], "u is 2, with 2 steps the same as frame after frame; or 0"
+
+
 # ---- train.py: from the data to a batch
 
 
@@ -1968,16 +1983,26 @@ def test_options_of_train_reach_the_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.cli
-@pytest.mark.parametrize("words,causal,mean,std", [
-    ("--forcing diffusion", True, -0.6, 2.4), ("--forcing teacher", True, -0.6, 1.6),
-    ("--forcing full_sequence", False, 0.4, 1.6), ("--forcing full_sequence --temporal gru", True, 0.4, 1.6)])
-def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, mean, std):
+@pytest.mark.parametrize("words,causal,mean,std,tile,period", [
+    ("--forcing diffusion", True, -0.6, 2.4, 1, 2), ("--forcing teacher", True, -0.6, 1.6, 1, None),
+    ("--forcing full_sequence", False, 0.4, 1.6, 4, None), ("--forcing full_sequence --temporal gru", True, 0.4, 1.6, 4, None)])
+def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, mean, std, tile, period):
+    def spy(model, K, num_frames, *context, **options):
+        told.append((tuple(K.shape), options["period"], num_frames))
+        return real(model, K, num_frames, *context, **options)
+
+    told, real = [], df.rollout
+    monkeypatch.setattr(train, "rollout", spy)
+    monkeypatch.setattr(sample, "rollout", spy)
     train_here(monkeypatch, tmp_path, "--steps", "1", *words.split())
     config = df.load_checkpoint(tmp_path / "model.pt")[0].config
     assert config.causal == causal, "frames of one sigma tell of each other, both ways; a GRU never looks ahead"
     assert (config.P_mean, config.P_std) == (mean, std), "mixtures of levels need more of noise and of clean"
     shown = len(sample.read_clip(tmp_path / "model.rollout.mp4", 32, 64))
     assert shown == (4 if "full_sequence" in words else 5), "a model of full_sequence knows whole clips of 4 frames only"
+    here(sample, "--device", "cpu", "--out", "o.npy", *["--frames", "5"] * (tile == 1), cwd=tmp_path)
+    assert {call[:2] for call in told} == {((9, tile), period)}, "8 steps in the schedule of its paradigm; previews and sample.py alike"
+    assert told[-1][2] == (4 if tile == 4 else 5), "sample.py with no option: full_sequence has one clip"
 
 
 # ---- sample.py: clips in, clips out
@@ -2266,7 +2291,8 @@ def test_context_noise_reaches_the_history(tmp_path):
 
 @pytest.mark.cli
 @pytest.mark.parametrize("words,rows", [
-    ("--context-frames 2 --frames 4 --steps 2", ["0 0 2 2", "0 0 1 2", "0 0 0 2", "0 0 0 1", "0 0 0 0"]),
+    ("--frames 2", ["8 8", "7 8", "6 8", "5 7", "4 6", "3 5", "2 4", "1 3", "0 2", "0 1", "0 0"]),
+    ("--schedule autoregressive --context-frames 2 --frames 4 --steps 2", ["0 0 2 2", "0 0 1 2", "0 0 0 2", "0 0 0 1", "0 0 0 0"]),
     ("--schedule pyramid --uncertainty 0.5 --frames 3 --steps 2", ["2 2 2", "1 1 2", "0 0 1", "0 0 0"]),
     ("--schedule full_sequence --frames 3 --steps 2", ["2 2 2", "1 1 1", "0 0 0"])])
 def test_show_schedule_prints_the_matrix(tmp_path, words, rows):

@@ -39,10 +39,10 @@ from tqdm import tqdm
 
 from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, aside,
                                diffusion_forcing_loss, load_checkpoint, need, rollout,
-                               save_checkpoint, scheduling_matrix)
-from sample import (SOLVER, STEPS, fail, find_device, in_words, list_images, mistakes, positive,
-                    positive_float, read_actions, read_clip, side_file, to_bytes, to_frames,
-                    video_writer)
+                               save_checkpoint)
+from sample import (SOLVER, SUITED, fail, find_device, in_words, list_images, matrix_for,
+                    mistakes, positive, positive_float, read_actions, read_clip, side_file, to_bytes,
+                    to_frames, video_writer)
 
 RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, for a GPU.
@@ -326,13 +326,13 @@ def new_model(s, data, init):
 def preview(path, model, data, s, num_frames):
     """Writes a video: four real clips above, rollouts from their first frames below. A model of
     full_sequence can only make one whole clip from nothing: its preview is that."""
-    context, matrix = min(CONTEXT, num_frames - 1), scheduling_matrix("autoregressive", 1, STEPS)
+    context = min(CONTEXT, num_frames - 1)
     if s.forcing == "full_sequence":
         context, num_frames = 0, min(s.clip_frames, s.window)
-        matrix = scheduling_matrix("full_sequence", num_frames, STEPS)
+    matrix, period = matrix_for(SUITED[s.forcing], num_frames)
     x, actions, generator = to_device(draw(data, s, 4, num_frames, PREVIEW, data.held_out), s)
-    frames = rollout(model, matrix, num_frames, x[:, :context], actions=actions, solver=SOLVER,
-                     generator=generator)
+    frames = rollout(model, matrix, num_frames, x[:, :context], period=period, actions=actions,
+                     solver=SOLVER, generator=generator)
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
     try:
         with video_writer(path, 2 * s.size[0], 4 * s.size[1]) as write:
@@ -458,7 +458,8 @@ def main():
             save_checkpoint(resume, config, model.state_dict(), step=step, elapsed=elapsed, log=log,
                             total=float(total), count=count, settings=settings,
                             **{name: part.state_dict() for name, part in parts.items()})
-            save_checkpoint(out, config, ema.state_dict(), step=step, stride=s.stride)
+            save_checkpoint(out, config, ema.state_dict(), step=step, stride=s.stride,
+                            forcing=s.forcing)
             with contextlib.suppress(OSError):  # it may be open in another program
                 out.with_suffix(".csv").write_text(log)
             save_time = elapsed
@@ -504,8 +505,7 @@ def main():
     if RANK == 0:
         preview(out.with_suffix(".rollout.mp4"), ema, data, s, 256)
     print(f"{out}: {step} steps in {elapsed / 60:.1f} minutes; a rollout is in "
-          f"{out.with_suffix('.rollout.mp4')}\nmore of them: python sample.py --ckpt {out}"
-          + f" --schedule full_sequence --frames {s.clip_frames}" * (s.forcing == "full_sequence"))
+          f"{out.with_suffix('.rollout.mp4')}\nmore of them: python sample.py --ckpt {out}")
 
 
 if __name__ == "__main__":

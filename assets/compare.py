@@ -1,16 +1,20 @@
-"""Measures what README claims, on the bouncing balls.
+"""Measures what README and RESULTS.md claim, on the bouncing balls.
 
-    python assets/compare.py --minutes 4 --jobs 2        trains every paradigm for the same time, a
-        core each on clips of 16 frames, rolls out 16, 64 and 256 and prints a table
-    python assets/compare.py --ckpt assets/balls.pt      rolls one model out in many ways
+    python assets/compare.py --minutes 4 --jobs 2        trains every paradigm for the same time,
+        each on one core, on clips of 16 frames, rolls out 16, 64 and 256 frames, prints a table
+    python assets/compare.py --ckpt assets/balls.pt      rolls a model out in many ways; several
+        models are several seeds: each figure is then their mean
     python assets/compare.py --slow                      balls that hardly move: how far they get
+    python assets/compare.py --matrix                    draws three scheduling matrices
 
-What it trains and rolls out is kept in --out, and not made again. So is strip.png: frames 0, 17 ...
-255 of a rollout, for every row of 256.
+What it trains and rolls out is kept in --out, and not made again. Its pictures are there, too:
+strip.png has frames 0, 17 ... 255 of a rollout, for every row of 256.
 """
 
 import argparse
+import itertools
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,28 +26,29 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
+from diffusion_forcing import scheduling_matrix  # noqa: E402
 from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: found by the above
                    bouncing_balls)
 
-PYRAMID, FROM_NOTHING = "--schedule pyramid --uncertainty 2", "--batch 8 --frames 16"
+FRAMEWISE, PYRAMID = "--schedule autoregressive", "--schedule pyramid"
+FROM_NOTHING = "--batch 8 --frames 16"
 CLEAN = "--forcing teacher --context-noise 0.002"
 NOISY = "--forcing teacher --context-noise 0.1"
 RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
-    ("", (0, 1, 2), ("", PYRAMID, FROM_NOTHING)),
-    (CLEAN, (0, 1, 2), ("", PYRAMID)),
-    (NOISY, (0, 1, 2), ("",)),
-    ("--forcing full_sequence", (0, 1, 2),
-     (f"--schedule full_sequence --steps 20 {FROM_NOTHING}",)),
-    ("--temporal gru", (0,), ("",)),
-    (f"{CLEAN} --temporal gru", (0,), ("",)),
-    (f"{NOISY} --temporal gru", (0,), ("",)),
+    ("", (0, 1, 2), (FRAMEWISE, PYRAMID, FROM_NOTHING, f"--schedule full_sequence {FROM_NOTHING}")),
+    (CLEAN, (0, 1, 2), (FRAMEWISE, PYRAMID)),
+    (NOISY, (0, 1, 2), (FRAMEWISE,)),
+    ("--forcing full_sequence", (0, 1, 2), (f"--steps 20 {FROM_NOTHING}",)),
+    ("--temporal gru", (0,), (FRAMEWISE, PYRAMID)),
+    (f"{CLEAN} --temporal gru", (0,), (FRAMEWISE,)),
+    (f"{NOISY} --temporal gru", (0,), (FRAMEWISE,)),
 ]
-WAYS = [  # to roll out --ckpt: steps, solvers, pyramids, noise on the history, from nothing
-    "--steps 3", "--steps 4", "", "--steps 10", "--solver euler --steps 4", "--solver euler",
-    "--solver euler --steps 10",
-    *(f"--schedule pyramid --uncertainty {u} --steps {s}" for u in (1, 2, 3) for s in (6, 8)),
-    *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5)), FROM_NOTHING,
-    "--steps 8 --context-noise 0.02", f"--steps 8 --context-noise 0.02 {FROM_NOTHING}"]
+MATRICES = [*(f"{FRAMEWISE} --steps {s}" for s in (4, 6, 8)),
+            *(f"{PYRAMID} --uncertainty {u} --steps {s}" for u in (1, 2, 3) for s in (6, 8))]
+WAYS = [  # to roll out --ckpt
+    *MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES),
+    *(f"--solver euler {way}" for way in MATRICES if way.startswith(FRAMEWISE)),
+    *(f"--context-noise {noise}" for noise in (0.002, 0.01, 0.02, 0.05, 0.2, 0.5))]
 CLIPS, LENGTHS = 8, (16, 64, 256)
 FASTEST = 2.3  # no ball is faster, not even one with the energy of both: pixels a frame
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
@@ -135,6 +140,12 @@ def folder(args, *names):
     return path
 
 
+def run_folder(ckpt, options, args):
+    """The folder for the rollouts of a checkpoint."""
+    own = ckpt.is_relative_to(args.out)
+    return folder(args, ckpt.parent.name if own else ckpt, "sample", options)
+
+
 def train(options, seed, args, data=()):
     """-> the checkpoint of a run."""
     path = folder(args, "train", options, "seed", seed)
@@ -145,14 +156,22 @@ def train(options, seed, args, data=()):
 
 
 def roll_out(ckpt, options, args, context="context"):
-    """-> clips (8, T, H, W, 3), each from 4 real frames or, with --batch, from nothing."""
-    own = ckpt.is_relative_to(args.out)
-    path = folder(args, ckpt.parent.name if own else ckpt, "sample", options)
-    clips = [] if "--batch" in options else [args.out / f"{context}_{i}.npy" for i in range(CLIPS)]
+    """-> clips (N, T, H, W, 3), each from 4 real frames or, with --batch, from nothing."""
+    path, contexts = run_folder(ckpt, options, args), [f"{context}_{i}.npy" for i in range(CLIPS)]
+    contexts = [] if "--batch" in options else ["--context", *(args.out / c for c in contexts)]
     call("sample.py", ["--ckpt", ckpt, "--frames", LENGTHS[-1], *options.split(), "--device", "cpu",
-                       *(["--context", *clips] if clips else []), "--out", path / "r.npy"],
-         path / "log.txt", after=ckpt.stat().st_mtime)
-    return np.stack([np.load(path / f"r_{i}.npy", allow_pickle=False) for i in range(CLIPS)])
+                       *contexts, "--out", path / "r.npy"], path / "log.txt", ckpt.stat().st_mtime)
+    files = [path / f"r_{i}.npy" for i in range(len(list(path.glob("r_*.npy"))))]
+    return np.stack([np.load(file, allow_pickle=False) for file in files])
+
+
+def seconds(ckpt, options, args):
+    """-> seconds for each frame of one clip, on one core, as the progress bar of sample.py says."""
+    path = run_folder(ckpt, options, args)
+    call("sample.py", ["--ckpt", ckpt, *options.split(), "--device", "cpu", "--context",
+                       args.out / "context_0.npy", "--out", path / "one.npy"],
+         path / "one.txt", ckpt.stat().st_mtime)
+    return 1 / float(re.findall(r"([\d.]+) frames/s", (path / "one.txt").read_text())[-1])
 
 
 def slow(args):
@@ -175,21 +194,38 @@ def slow(args):
                   f"{np.mean(far[:CLIPS]) / np.mean(far[CLIPS:]):.2f} of the way")
 
 
-def print_table(rows, real):
+def print_table(rows, real, per_frame):
     """rows: {(options of train.py, of sample.py): clips of every seed}. What was given to go on
-    from does not count."""
-    print("|", " | ".join(("train.py", "sample.py", "frames", *COLUMNS)), "|")
-    print("|-|-|-|" + "-|" * len(COLUMNS))
+    from does not count. per_frame: {options of sample.py: seconds for each frame}, or empty."""
+    columns = ("train.py", "sample.py", "frames", *COLUMNS, *["s/frame"] * bool(per_frame))
+    print("|", " | ".join(columns), "|\n|" + "-|" * len(columns))
     speeds = [true_speed(clip) for clip in real]
     for (name, way), seeds in rows.items():
-        start, true = (0, [None] * CLIPS) if "--batch" in way else (CONTEXT, speeds)
-        for length in [n for n in LENGTHS if n <= seeds[0].shape[1]]:
+        start, true = (0, itertools.repeat(None)) if "--batch" in way else (CONTEXT, speeds)
+        longest = seeds[0].shape[1]
+        for length in [longest] if per_frame else [n for n in LENGTHS if n <= longest]:
             each = np.array([np.nanmean([physics(c[start:length], t) for c, t in zip(x, true)], 0)
                              for x in seeds])
             figures = [f"{each[:, i].mean():.{n}f}" + (f" ± {each[:, i].std(ddof=1):.{n}f}"
                        if len(seeds) > 1 else "") for i, n in enumerate((3, 3, 3, 3, 0))]
+            if per_frame:
+                figures.append(f"{per_frame[way]:.4f}" if way in per_frame else "")
             what = (name or "(default)", way or "(default)", str(length))
             print("|", " | ".join((*what, *figures)), "|")
+
+
+def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
+    """The first rows of three matrices as grey values: black is pure noise, white a clean frame.
+    The first two columns are context."""
+    panels = []
+    for kind in ("autoregressive", "pyramid", "full_sequence"):
+        matrix = scheduling_matrix(kind, num_frames, num_steps, uncertainty=2)[:rows].numpy()
+        matrix = np.pad(matrix, ((0, rows - len(matrix)), (2, 0)))
+        grey = (255 - matrix * 255 // num_steps).repeat(cell, 0).repeat(cell, 1)
+        grey[::cell], grey[:, ::cell] = 128, 128
+        grey = np.pad(grey, ((0, 1), (0, 1)), constant_values=128)
+        panels.append(np.pad(grey, ((0, 0), (0, 3 * cell)), constant_values=255))
+    iio.imwrite(path, np.concatenate(panels, 1)[:, : -3 * cell].astype(np.uint8))
 
 
 def draw_strip(clips, path):
@@ -205,29 +241,36 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=4.0, help="of every training (%(default)s)")
-    p.add_argument("--jobs", type=int, default=1, help="how many at once, a core each (1)")
+    p.add_argument("--jobs", type=int, default=1, help="how many at once, each on one core (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
-    p.add_argument("--ckpt", type=Path, help="measure this model of the balls, and train none")
+    p.add_argument("--ckpt", type=Path, nargs="+", help="measure these models, and train none")
     p.add_argument("--slow", action="store_true", help="measure balls that hardly move instead")
+    p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.slow:
         return slow(args)
+    if args.matrix:
+        return draw_matrices(args.out / "matrix.png")
     real, other = (bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(n)) for n in (99, 98))
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
-    wanted = [(str(args.ckpt), (0,), WAYS)] if args.ckpt else RUNS
+    ckpts = [path.resolve() for path in args.ckpt or []]
+    names = ", ".join(path.stem for path in ckpts)
+    ways = WAYS[: len(WAYS) if len(ckpts) == 1 else 2 * len(MATRICES)]
+    wanted = [(names, range(len(ckpts)), ways)] if ckpts else RUNS
     jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(dict.fromkeys((name, seed) for name, _, seed in jobs))
-        ckpts = dict(zip(runs, pool.map(
-            lambda run: args.ckpt.resolve() if args.ckpt else train(*run, args), runs)))
-        clips = pool.map(lambda job: roll_out(ckpts[job[0], job[2]], job[1], args), jobs)
+        models = dict(zip(runs, ckpts or pool.map(lambda run: train(*run, args), runs)))
+        clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args), jobs)
         rows = {("none: real balls", "none"): [real], ("none: other balls", "none"): [other]}
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
-    print_table(rows, real)
+    per_frame = {way: np.mean([seconds(path, way, args) for path in ckpts])  # nothing beside it
+                 for way in ways if ckpts and "--batch" not in way}
+    print_table(rows, real, per_frame)
     draw_strip([x[0][0] for x in rows.values()], args.out / "strip.png")
 
 
