@@ -8,10 +8,12 @@ import io
 import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from argparse import Namespace
+from operator import attrgetter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -96,6 +98,7 @@ def test_levels_are_log_normal_in_frame_units():
     assert abs(log.std() - 0.7) < 0.03, "the standard deviation of ln sigma is P_std"
     beyond = ((log - log.mean()).abs() > 2 * 0.7).float().mean()
     assert abs(beyond - 0.0455) < 0.01, "ln sigma is normal: 4.55 % of it lies beyond two P_std"
+    assert df.sample_noise_levels(2, 3, tiny(P_std=0.0)).unique().numel() == 1, "a P_std of 0 is one level for all"
 
 
 @pytest.mark.noise
@@ -351,6 +354,9 @@ def test_expected_loss_knows_the_frames_own_level_and_a_few_that_it_sees():
         assert knows[1] == [t - 2 <= i < t for i in range(6)], "the two frames before it, none that comes later"
     noise = torch.cat([torch.full((1, 2), model.config.in_frame_units(model.config.sigma_max)), own], 1)
     assert torch.allclose(model(own, own), model(noise, noise)[:, 2:], atol=1e-5), "before frame 0 there is only noise"
+    assert df.ExpectedLoss(tiny()).past == 4, "it sees four frames back, if nobody says another number"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(own, own).dtype == torch.float32, "loss / exp(u): a u in bfloat16 is wrong by percents"
 
 
 @pytest.mark.loss
@@ -918,6 +924,7 @@ def test_rollout_refuses_what_it_cannot_do():
         refused(what, df.rollout, spy, wrong, **(dict(num_frames=4) | options))
     refused("actions for a model without", df.rollout, Spy(), K, 4, actions=torch.zeros(1, 4, 2))
     df.rollout(spy, K, 4, period=2)  # the last column starts in row 2: the next copy may start there, too
+    df.rollout(spy, K, 4, actions=torch.zeros(1, 9, 2))  # more actions than frames are welcome
 
 
 @pytest.mark.sampler
@@ -1006,6 +1013,12 @@ def test_skips_reach_the_decoder():
 
 
 @pytest.mark.causality
+def test_a_network_may_have_four_resolutions():
+    model, x = random_denoiser(height=16, width=16, dim_mults=(1, 2, 3, 4)), torch.randn(1, 2, 3, 16, 16)
+    assert model(x, torch.ones(1, 2))[0].shape == x.shape, "each layer of up belongs to its own level: the preset base has four"
+
+
+@pytest.mark.causality
 def test_a_noise_level_is_sines_and_cosines_of_its_label():
     m, seen = df.NoiseEmbedding(32), []
     m.layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -1014,6 +1027,8 @@ def test_a_noise_level_is_sines_and_cosines_of_its_label():
     assert none.tolist() == [[1.0] * 8, [0.0] * 8], "cosines, then sines, of frequency * c_noise"
     assert torch.allclose(a.square().sum(0), torch.ones(8)), "each frequency has its cosine and its sine"
     assert (a - b).abs().max() < 0.5, "near levels look unrelated: frequencies too high"
+    ends = [float(m.frequency[i]) for i in (0, -1)]
+    assert ends == pytest.approx([10**-0.5, 10**1.5], rel=1e-3), "every checkpoint was trained with these frequencies"
 
 
 @pytest.mark.causality
@@ -1181,6 +1196,14 @@ def test_attention_by_its_formula():
 
 
 @pytest.mark.attention
+def test_a_head_can_look_back_whatever_the_frames_show():
+    m, x = mixer("attention"), torch.randn(1, 4, 16, requires_grad=True)
+    m.qkv.weight.data[:32] = 0  # now q and k are their bias alone
+    grad = torch.autograd.grad(m(x)[0][0, 3].sum(), x)[0][0]
+    assert (grad[0] - grad[3]).abs().max() > 1e-4, "q and k have a bias: turned, it tells frames apart by their distance"
+
+
+@pytest.mark.attention
 def test_two_thousand_frames_on_nothing_has_shifted():
     m, x = mixer("attention"), torch.randn(1, 2004, 16)
     with torch.no_grad():
@@ -1230,9 +1253,17 @@ def test_gru_two_streams_step_from_the_state_before():
                                    dict(sigma_min=0.0), dict(action_dim=1, action_scale=(0.0,)), dict(rho=0.0),
                                    dict(P_std=-1.0), dict(sigma_data=math.nan), dict(dim_mults=()), dict(dim_mults=(0,)),
                                    dict(height=0), dict(width=0), dict(channels=0, data_mean=()), dict(clip_frames=0), dict(patch=0),
-                                   dict(dim=0), dict(sigma_min=80.0), dict(sigma_max=math.inf), dict(action_dim=2, action_scale=(1.0,))])
+                                   dict(dim=0), dict(sigma_min=80.0), dict(sigma_max=math.inf), dict(head_dim=6),
+                                   dict(dim_mults=(1, 1, 1, 1)), dict(action_dim=2, action_scale=(1.0,))])
 def test_configs_that_cannot_work_are_refused(wrong):
     refused(f"a Config with {wrong}", tiny, **wrong)
+
+
+@pytest.mark.checkpoint
+def test_a_config_is_that_of_the_readme_unless_told():
+    c = Config()
+    told = (c.sigma_min, c.sigma_max, c.rho, c.context_noise, c.P_mean, c.P_std, c.window, c.patch)
+    assert told == (0.02, 80.0, 7.0, 0.05, -0.6, 2.4, 16, 2), "the results in the README were made with these numbers"
 
 
 # ---- 10. checkpoints ------------------------------------------------------------------------------------------------
@@ -1247,6 +1278,16 @@ def test_a_checkpoint_gives_back_the_same_model(tmp_path, temporal):
     assert loaded.config == model.config and extra == {"step": 7}, "config or extras come back changed"
     assert torch.equal(loaded(x, sigma)[0], model(x, sigma)[0]), "weights or config got lost"
     assert os.listdir(tmp_path) == ["m.pt"], "the file that was written aside is renamed, not left"
+    assert not {"data_mean", "action_scale"} & set(model.state_dict()), "Config has them: --init must not keep the old ones"
+
+
+@pytest.mark.checkpoint
+def test_the_checkpoint_in_assets_still_denoises_balls():
+    model, _ = df.load_checkpoint(HERE / "assets" / "balls.pt")
+    x, sigma, generator = sample.to_frames(balls(2, 8, 32)), torch.full((2, 8), 0.3), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        loss = float(df.diffusion_forcing_loss(model, x, model.config, sigma=sigma, generator=generator))
+    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0035: the network is not the one that balls.pt was trained with"
 
 
 @pytest.mark.checkpoint
@@ -1426,6 +1467,30 @@ def test_a_ball_that_jumps_along_a_wall_is_a_mistake(monkeypatch):
 
 
 @pytest.mark.cli
+def test_the_speed_of_a_clip_is_that_of_its_first_free_steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    import compare
+
+    clip = balls(1, 100, 32, seed=5, speed=(0.2, 0.3))[0]
+    free, _ = compare.free_flight(compare.find(clip)[0], 32)
+    assert not free[:8].any() and free.any(), "this clip begins near a wall, or with two balls that touch"
+    assert compare.physics(clip)[3] < 0.1, "its first 8 free steps tell its speed, not its first 8 steps"
+
+
+@pytest.mark.cli
+def test_given_frames_do_not_count_in_the_table(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    import compare
+
+    clip = balls(1, 16, 32)[0]
+    lost = clip.copy()
+    lost[:4] = train.BACKGROUND  # no ball in the first four frames
+    compare.print_table({("", "--steps 3"): [lost[None]], ("", "--batch 8"): [lost[None]]}, [clip], {})
+    good = [row.split(" | ")[3] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert good == ["1.000", "0.750"], "the first four frames were given, so they do not count; with --batch none was given"
+
+
+@pytest.mark.cli
 def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(HERE / "assets"))
     import compare
@@ -1433,8 +1498,14 @@ def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path)
     done = []
     monkeypatch.setattr(compare.subprocess, "run", lambda words, **_: done.append(words) or Namespace(returncode=0))
     for minutes in (0.1, 0.1, 4):
-        compare.train("--temporal gru", 0, Namespace(out=tmp_path, minutes=minutes))
+        ckpt = compare.train("--temporal gru", 0, Namespace(out=tmp_path, minutes=minutes))
     assert [words[words.index("--minutes") + 1] for words in done] == ["0.1", "4"], "the same once, another anew"
+    ckpt.write_bytes(b"")
+    np.save(compare.run_folder(ckpt, "--steps 3", Namespace(out=tmp_path)) / "r_0.npy", np.zeros((1, 2, 2, 3), np.uint8))
+    for time in (1, 1, 2):
+        os.utime(ckpt, (time, time))
+        compare.roll_out(ckpt, "--steps 3", Namespace(out=tmp_path))
+    assert len(done) == 4, "a model is rolled out once, and again when it was trained again"
 
 
 @pytest.mark.cli
@@ -1513,9 +1584,11 @@ def test_validation_is_of_held_out_clips_with_three_amounts_of_noise(monkeypatch
     data = Namespace(held_out=True, batch=lambda rng, n, T, held=False:
                      (np.full((n, T, 8, 8, 3), 255 * held, np.uint8), np.zeros((n, T, 0), np.float32)))
     monkeypatch.setattr(train, "diffusion_forcing_loss", lambda model, x, config, sigma, generator, **options: seen.append(
-        (float(x.mean()), math.log(float(sigma[0, 0]) / units(config)), generator.initial_seed())) or torch.zeros(()))
-    assert train.validate(model, data, settings()) == [0, 0, 0], "one loss for each amount of noise"
-    clips, logs, seeds = zip(*seen)
+        (float(x.mean()), math.log(float(sigma[0, 0]) / units(config)), generator.initial_seed(), options)) or torch.zeros(()))
+    assert train.validate(model, data, settings(forcing="teacher")) == [0, 0, 0], "one loss for each amount of noise"
+    clips, logs, seeds, options = zip(*seen)
+    told = {(o.get("forcing"), o["actions"].shape) for o in options}
+    assert told == {("teacher", (16, 4, 0))}, "the loss is told of --forcing, and of the actions"
     assert clips == (1, 1, 1), "held-out clips"
     assert logs == pytest.approx([-0.6 - 2.4, -0.6, -0.6 + 2.4], rel=1e-4), "ln sigma: P_mean - P_std, P_mean, P_mean + P_std"
     assert len(set(seeds)) == 1, "always the same noise"
@@ -1540,7 +1613,7 @@ def test_a_preview_is_of_the_average_with_the_actions_of_held_out_clips(tmp_path
     told = []
     monkeypatch.setattr(train, "HELD_OUT", 2)
     monkeypatch.setattr(train, "rollout", lambda model, K, n, context, **options:
-                        told.append((model.training, context, options)) or iter(()))
+                        told.append((model.training, context, options)) or iter([-torch.ones(4, 3, 16, 16)] * n))
     counting_clip(tmp_path / "clips", 9)  # a: for training; b: held out, white, with actions of 7
     np.save(tmp_path / "clips" / "b.npy", np.full((9, 8, 8, 3), 255, np.uint8))
     np.save(tmp_path / "clips" / "b.actions.npy", np.full((9, 1), 7.0))
@@ -1550,6 +1623,8 @@ def test_a_preview_is_of_the_average_with_the_actions_of_held_out_clips(tmp_path
         assert not training, "previews are of the moving average, which is in eval mode"
         assert (context == 1).all(), "they go on from held-out clips"
         assert (options["actions"] == 7).all(), "with the actions of these clips"
+    above, below = np.split(iio.imread(tmp_path / "model.rollout.mp4"), 2, 1)
+    assert above.min() > 200 and below.max() < 50, "real clips, here white, are above; rollouts, here black, are below"
 
 
 # ---- train.py: a folder of clips
@@ -1567,6 +1642,25 @@ def test_links_are_followed_and_every_clip_counts_once(tmp_path):
         (clips / name).symlink_to(clips)  # glob would follow these for ever
     found = train.find_clips(clips, tmp_path / "cache")
     assert len(found) == 1, f"one clip, however many links lead to it: {found}"
+
+
+@pytest.mark.cli
+def test_clips_of_one_name_size_and_time_are_kept_apart(tmp_path):
+    for name, value in (("a", 10), ("b", 20)):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        np.save(tmp_path / "clips" / name / "x.npy", np.full((4, 16, 16, 3), value, np.uint8))
+        os.utime(tmp_path / "clips" / name / "x.npy", (1, 1))
+    values = {int(np.load(path)[0, 0, 0, 0]) for path, *_ in clips_of(tmp_path / "clips").clips}
+    assert values == {10, 20}, "the cache takes one clip for the other: it must know the whole path"
+
+
+@pytest.mark.cli
+def test_long_clips_are_drawn_more_often(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name, frames in (("a", 4), ("b", 10)):
+        np.save(tmp_path / "clips" / f"{name}.npy", balls(1, frames)[0])
+    share = clips_of(tmp_path / "clips").share[False].tolist()
+    assert share == [1 / 8, 7 / 8], "10 frames have 7 places to start, 4 frames one: each place is as likely as any other"
 
 
 @pytest.mark.cli
@@ -1597,6 +1691,7 @@ def test_the_cache_knows_what_a_clip_was_made_from(tmp_path):
 @pytest.mark.cli
 def test_a_cache_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, capsys):
     def full(file, clip):
+        assert f".{os.getpid()}." in file.name, "each process needs a file of its own: two may decode the same clip"
         file.write(b"half of it")
         raise OSError("15360 requested and 9872 written")
 
@@ -1782,6 +1877,7 @@ def test_a_step_averages_its_passes_clips_and_follows_the_schedule(tmp_path, mon
     assert torch.allclose(first, expected, atol=1e-6), "average = decay average + (1 - decay) weights, with a short memory at first"
     row = (tmp_path / "model.csv").read_text().splitlines()[1].split(",")
     assert float(row[1]) == pytest.approx(np.mean(losses), rel=1e-3), "the log has the mean loss of the 20 steps"
+    assert float(row[2]) == pytest.approx(rates[-1]), "and the learning rate of the last of them, as the schedule has it"
 
 
 def train_weight_before(folder):
@@ -1850,6 +1946,28 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.cli
+def test_a_run_that_is_told_to_end_is_saved_first(tmp_path, monkeypatch):
+    real = train.diffusion_forcing_loss
+    monkeypatch.setattr(train, "diffusion_forcing_loss", lambda *a, **o: signal.raise_signal(signal.SIGTERM) or real(*a, **o))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM (a machine shuts down) ends the run at once"))
+    try:
+        said = "stopped and saved at step 1; the same command with --resume goes on"
+        train_here(monkeypatch, tmp_path, "--steps", "9", code=said)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("minutes,told", [(0, [("preview", 8), ("rollout", 256)]), (0.2, [("rollout", 256)])])
+def test_previews_have_two_clips_and_come_every_few_minutes(tmp_path, monkeypatch, minutes, told):
+    made = []
+    monkeypatch.setattr(train, "preview", lambda path, model, data, s, frames: made.append((path.stem.split(".")[1], frames)))
+    monkeypatch.setitem(train.PRESETS, "small", train.PRESETS["small"] | dict(save_minutes=minutes))
+    here(train, *"--size 16 --clip-frames 4 --device cpu --steps 21".split(), cwd=tmp_path)
+    assert made == told, "after save_minutes (not seconds): a preview of two clips; at the end: a rollout of 256 frames"
+
+
+@pytest.mark.cli
 def test_what_a_killed_process_left_is_replaced(tmp_path):
     (tmp_path / "m.pt.tmp").write_bytes(b"half")
     df.save_checkpoint(tmp_path / "m.pt", tiny(), {})
@@ -1906,22 +2024,36 @@ def test_speed_counts_the_steps_since_it_was_last_told(tmp_path, monkeypatch):
         clock[0] += 0.25
         return real(*args, **options)
 
+    def preview(*_):
+        clock[0] += 100
+
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(train, "diffusion_forcing_loss", loss)
+    monkeypatch.setattr(train, "preview", preview)
     stopped = "stopped and saved at step 13; the same command with --resume goes on"
     train_here(monkeypatch, tmp_path, *"--steps 40 --accumulate 2".split(), interrupt_at=25, code=stopped)
     train_here(monkeypatch, tmp_path, "--resume")
     rows = [row.split(",") for row in (tmp_path / "model.csv").read_text().splitlines()[1:]]
     assert [float(row[6]) for row in rows] == pytest.approx([2 * 2 * 4 / 0.5] * 2), "frames/s: 2 passes of 2 clips of 4 frames in .5 s"
-    assert float(rows[-1][7]) == pytest.approx(20), "40 steps of half a second, however often it was stopped"
+    assert float(rows[-1][7]) == pytest.approx(120), "40 steps of half a second and a preview, however often it was stopped"
 
 
 @pytest.mark.cli
 def test_resuming_with_other_settings_says_which_differ(tmp_path, monkeypatch):
     train_here(monkeypatch, tmp_path, "--steps", "1")
-    for words, said in (("--window 3", "--window cannot change: model.resume.pt has 4"), ("--temporal gru", "has attention")):
+    for words, said in (("--window 3", "--window cannot change: model.resume.pt has 4"), ("--temporal gru", "has attention"),
+                        ("--size 32", "has (16, 16)"), ("--clip-frames 5", "has 4"), ("--stride 2", "has 1"),
+                        ("--batch 3", "has 2"), ("--forcing teacher", "has diffusion"), ("--context-noise 0.2", "has 0.05"),
+                        ("--seed 1", "has 0")):
         assert said in train_here(monkeypatch, tmp_path, "--resume", *words.split(), code=2), "say what differs"
     assert "step" in train_here(monkeypatch, tmp_path, *"--resume --steps 2 --lr 1e-5".split()), "the length may change"
+
+
+@pytest.mark.cli
+def test_passes_that_processes_cannot_share_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(sys, "argv", ["train.py", *"--accumulate 3 --device cpu --out".split(), str(tmp_path / "m.pt")])
+    refused("3 passes for 2 processes", train.parse_args)
 
 
 @pytest.mark.cli
@@ -1937,10 +2069,13 @@ def test_a_run_goes_on_when_its_clips_have_moved(tmp_path, monkeypatch):
 @pytest.mark.cli
 def test_a_run_on_a_folder_is_resumed_on_that_folder(tmp_path, monkeypatch):
     counting_clip(tmp_path / "clips", 8)
-    (tmp_path / "clips" / "a.actions.npy").unlink()
+    (tmp_path / "clips" / "a.actions.npy").rename(tmp_path / "b")
     train_here(monkeypatch, tmp_path, *"--data clips --cache cache --steps 1 --stride 2".split())
     assert df.load_checkpoint(tmp_path / "model.pt")[1]["stride"] == 2, "sample.py is told the --stride of training"
     assert "1 clips" in train_here(monkeypatch, tmp_path, *"--steps 2 --resume".split()), "--resume goes on with the same --data"
+    (tmp_path / "b").rename(tmp_path / "clips" / "a.actions.npy")
+    said = train_here(monkeypatch, tmp_path, *"--steps 3 --resume".split(), code=2)
+    assert "has 1 actions, unlike when the run began" in said, "new actions do not fit the old model: one line says so"
 
 
 @pytest.mark.cli
@@ -1960,6 +2095,19 @@ def test_fine_tuning_starts_from_the_weights_and_settings_of_a_model(tmp_path, m
     assert (c.P_mean, c.P_std, c.causal) == (Config.P_mean, Config.P_std, True), "the paradigm is that of --forcing"
     refuses = train_here(monkeypatch, tmp_path, *words, *"--temporal attention --overwrite".split(), code=2)
     assert "--temporal" in refuses, "attention cannot start from the weights of a GRU"
+
+
+@pytest.mark.cli
+def test_fine_tuning_keeps_size_window_and_network_unless_told(tmp_path, monkeypatch):
+    model = random_denoiser(height=16, width=24)
+    df.save_checkpoint(tmp_path / "old.pt", model.config, model.state_dict())
+    counting_clip(tmp_path / "clips", 8)
+    monkeypatch.setattr(train, "preview", lambda *_: None)
+    here(train, *"--init old.pt --data clips --cache cache --steps 1 --batch 1 --device cpu".split(), cwd=tmp_path)
+    c = df.load_checkpoint(tmp_path / "model.pt")[0].config
+    assert (c.height, c.width) == (16, 24), "the size of the old model, height first"
+    assert (c.window, c.clip_frames) == (3, 4), "its window, and the length of its clips"
+    assert (c.dim, c.head_dim) == (8, 8), "its network, even where the head_dim of a new Config would not fit"
 
 
 @pytest.mark.cli
@@ -1987,9 +2135,9 @@ def test_options_of_train_reach_the_model(tmp_path, monkeypatch):
     ("--forcing diffusion", True, -0.6, 2.4, 1, 2), ("--forcing teacher", True, -0.6, 1.6, 1, None),
     ("--forcing full_sequence", False, 0.4, 1.6, 4, None), ("--forcing full_sequence --temporal gru", True, 0.4, 1.6, 4, None)])
 def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, mean, std, tile, period):
-    def spy(model, K, num_frames, *context, **options):
-        told.append((tuple(K.shape), options["period"], num_frames))
-        return real(model, K, num_frames, *context, **options)
+    def spy(model, K, num_frames, context, **options):
+        told.append((tuple(K.shape), options["period"], num_frames, 0 if context is None else context.shape[1]))
+        return real(model, K, num_frames, context, **options)
 
     told, real = [], df.rollout
     monkeypatch.setattr(train, "rollout", spy)
@@ -2003,6 +2151,7 @@ def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, 
     here(sample, "--device", "cpu", "--out", "o.npy", *["--frames", "5"] * (tile == 1), cwd=tmp_path)
     assert {call[:2] for call in told} == {((9, tile), period)}, "8 steps in the schedule of its paradigm; previews and sample.py alike"
     assert told[-1][2] == (4 if tile == 4 else 5), "sample.py with no option: full_sequence has one clip"
+    assert told[0][3] == (0 if tile == 4 else 4), "a preview goes on from 4 frames, one of full_sequence from none"
 
 
 # ---- sample.py: clips in, clips out
@@ -2016,6 +2165,7 @@ def write(path, clip, **options):
 
 @pytest.mark.cli
 def test_images_are_ordered_by_number_and_may_be_of_any_kind(tmp_path):
+    (tmp_path / "._frame0.png").write_bytes(b"hidden")  # macOS leaves such files on other disks
     for i in range(12):
         kind = (".png", ".jpg", ".bmp")[i % 3]
         iio.imwrite(tmp_path / f"frame{i}{kind}", np.full((4, 6 + i, 3), 20 * i, np.uint8))
@@ -2027,6 +2177,20 @@ def test_images_are_ordered_by_number_and_may_be_of_any_kind(tmp_path):
     for i, value in enumerate((0, 25_828, 65_535)):
         iio.imwrite(deep / f"{i}.png", np.full((4, 4), value, np.uint16))
     assert sample.read_clip(deep, 4, 4)[:, 0, 0].tolist() == [[0] * 3, [100] * 3, [255] * 3], "16 bits / 257, grey to RGB"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("what,shape", [("grey", (8, 8)), ("with transparency", (8, 8, 4))])
+def test_images_of_any_kind_become_rgb(tmp_path, what, shape):
+    clip = np.stack([np.full(shape, value, np.uint8) for value in (50, 100, 200)])
+    if shape[-1] == 4:
+        clip[..., 3] = 255 * (np.arange(8) < 6)  # two columns of eight show what is behind
+    iio.imwrite(tmp_path / "a.gif", clip, plugin="pillow", is_batch=True)
+    for i, image in enumerate(clip):
+        iio.imwrite(tmp_path / f"{i}.png", image)
+    for path in (tmp_path / "a.gif", tmp_path):
+        read = sample.read_clip(path, 8, 8)
+        assert read[:, 0, 0].tolist() == [[50] * 3, [100] * 3, [200] * 3], f"{path.suffix or 'folder'}, {what}: three channels"
 
 
 @pytest.mark.cli
@@ -2135,6 +2299,18 @@ def test_what_is_written_can_be_read_again(tmp_path, suffix):
 
 
 @pytest.mark.cli
+def test_pixels_are_enlarged_and_stay_sharp(tmp_path):
+    clip = np.random.default_rng(0).integers(0, 2, (2, 8, 8, 1), np.uint8).repeat(3, 3) * 255  # black and white
+    write(tmp_path / "a.mp4", clip, scale=32)
+    read = iio.imread(tmp_path / "a.mp4")
+    assert ((read > 64) & (read < 192)).mean() < 0.03, "black and white, no grey: ffmpeg must repeat pixels, not blend"
+    write(tmp_path / "b.mp4", clip[:, :5, :7], scale=3)
+    assert iio.immeta(tmp_path / "b.mp4", plugin="FFMPEG")["size"] == (22, 16), "H.264 needs even numbers, not 21x15"
+    write(tmp_path / "c.gif", np.zeros((1, 100, 8, 3), np.uint8))
+    assert iio.imread(tmp_path / "c.gif").shape[1:3] == (300, 24), "a height of 100 becomes 256 or more"
+
+
+@pytest.mark.cli
 def test_frames_of_any_size_are_counted_in_npy(tmp_path):
     write(tmp_path / "a.npy", np.zeros((3, 2, 2, 3), np.uint8))
     assert np.load(tmp_path / "a.npy").shape == (3, 2, 2, 3), "the header is no part of the frames"
@@ -2146,6 +2322,8 @@ def test_fps_and_scale_reach_the_file(tmp_path):
     here(sample, *"--frames 4 --steps 1 --fps 5 --scale 2 --out o.mp4 --device cpu".split(), cwd=tmp_path)
     meta = iio.immeta(tmp_path / "o.mp4", plugin="FFMPEG")
     assert meta["fps"] == 5 and meta["size"] == (16, 16), "--fps, --scale"
+    here(sample, *"--frames 4 --steps 1 --fps 5 --out o.gif --device cpu".split(), cwd=tmp_path)
+    assert iio.immeta(tmp_path / "o.gif", plugin="pillow").get("duration") == 200, "--fps 5: each frame is shown for 200 ms"
 
 
 @pytest.mark.cli
@@ -2168,6 +2346,14 @@ def test_a_full_disk_is_an_error(tmp_path, suffix):
     (tmp_path / f"a{suffix}").symlink_to("/dev/full")
     with pytest.raises(OSError):
         write(tmp_path / f"a{suffix}", np.zeros((3, 64, 64, 3), np.uint8))
+
+
+@pytest.mark.cli
+def test_actions_have_the_name_of_their_clip(tmp_path):
+    (tmp_path / "take.1").mkdir()
+    for name in ("take.1", "take.1.mp4"):
+        side = sample.side_file(tmp_path / name).name
+        assert side == "take.1.actions.npy", f"{name}: the name of a video without its ending, the whole name of a folder"
 
 
 @pytest.mark.cli
@@ -2201,6 +2387,7 @@ def test_every_clip_has_actions_of_its_own(tmp_path):
     assert context.shape == (3, 2, 3, 8, 8), "contexts are taken in turn"
     assert not actions[0].any() and not actions[2].any(), "a clip without a side file has no actions: zeros"
     assert actions[1, :, 0].tolist() == [0, 2, 4, 0, 2], "actions that end are repeated"
+    refused("2 numbers a frame where 3 are needed", sample.load_inputs, args, tiny(action_dim=3), 1)
 
 
 @pytest.mark.cli
@@ -2208,7 +2395,7 @@ def test_a_folder_of_clips_is_trained_on_and_rolled_out(tmp_path):
     """Every kind of clip, and what the two scripts write, as a user calls them."""
     clips = tmp_path / "clips"
     (clips / "deep" / "images").mkdir(parents=True)
-    for name in ("a.mp4", "b.gif", "deep/c.webm", "d.npy", "short.npy"):
+    for name in ("a.mp4", "b.GIF", "deep/c.WEBM", "d.npy", "short.npy"):  # cameras write capitals
         write(clips / name, balls(1, 2 if "short" in name else 8, 24)[0])
     for i, frame in enumerate(balls(1, 11, 20)[0]):
         iio.imwrite(clips / "deep" / "images" / f"frame{i}.png", frame)
@@ -2345,7 +2532,8 @@ def test_only_what_a_user_can_mend_is_told_in_one_line(capsys):
     (sample, "--ckpt ok.pt --context short.npy", "--context-frames"), (sample, "--uncertainty 0", "--uncertainty"),
     (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.npy", "overwrite"),
     (sample, "--ckpt ok.pt --context short.npy --context-frames 2 --out short.actions.npy", "overwrite"),
-    (sample, "--ckpt ok.pt --actions none.npy", "none.npy"), (sample, "--ckpt both.pt --out o.npy", "one copy"),
+    (sample, "--ckpt ok.pt --context o_0.npy --batch 2 --out o.npy", "overwrite"),
+    (sample, "--ckpt ok.pt --actions none.npy", "none.npy"), (sample, "--ckpt both.pt --out o.npy", "is 4; a two-way"),
     (sample, "--ckpt ok.pt --tile 2", "--tile"), (train, "--stride 2", "--stride"), (train, "--out lost.pt", "lost.pt exists: --overwrite"),
     (sample, "--device nonsense", "--device"), (sample, "--device meta", "--device"), (sample, "--out full.mp4", "--out"),
     (train, "--lr abc", "--lr"), (train, "--data junk.pt", "not a folder"), (train, "--out old.pt", "old.resume.pt exists"),
@@ -2368,3 +2556,29 @@ def test_a_users_mistake_is_one_line_and_status_two(tmp_path, script, words, sai
     last = error.strip().split("\n")[-1]
     assert "error:" in last and said in last, f"the last line says what is wrong:\n{error}"
     assert set(os.listdir(tmp_path)) == before, "nothing is written before the mistake is found"
+
+
+# ---- README.md
+
+
+@pytest.mark.cli
+def test_readme_speaks_of_what_there_is(monkeypatch, request):
+    monkeypatch.chdir(HERE)
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    import compare
+
+    text = Path("README.md").read_text() + Path("assets/RESULTS.md").read_text()
+    for program in re.findall("```python\n(.*?)```", text, re.S):
+        exec(program.replace("num_frames=None", "num_frames=2"), {})
+    known = "--nproc_per_node " + "".join(here(script, "-h", cwd=HERE) for script in (train, sample, compare))
+    unknown = set(re.findall("--[a-z][a-z_-]*", text)) - set(re.findall("--[a-z][a-z_-]*", known))
+    assert not unknown, f"options that no script has: {unknown}"
+    for path in re.findall(r"\]\((\S+?)\)", text):
+        assert Path(path).exists() or Path("assets", path).exists(), f"{path} is not there"
+    markers, exercises = " ".join(request.config.getini("markers")), re.findall(r"^\| \d \|(.*?)\|.*`pytest -m (.*)`", text, re.M)
+    for task, graded in exercises:
+        for name in re.findall("`([A-Za-z_.]+)`", task):
+            assert attrgetter(name)(df), "what is to be written"
+        for marker in re.findall("[a-z]{3,}", graded.split(" -k ")[0]):
+            assert f"{marker}:" in markers, f"no test has the marker {marker}"
+    assert len(exercises) == 8, "eight exercises"

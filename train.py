@@ -303,7 +303,8 @@ def parse_args():
          f"--temporal {s.temporal}: {given.init} has another")
     need(s.accumulate % WORLD == 0,
          f"--accumulate {s.accumulate}: a multiple of the {WORLD} processes is needed")
-    Config(height=s.size[0], width=s.size[1], dim=s.dim, dim_mults=s.dim_mults)  # raises at once
+    dataclasses.replace(model.config if model else Config(), height=s.size[0], width=s.size[1],
+                        dim=s.dim, dim_mults=s.dim_mults)  # raises at once for a bad --size
     return s, model, saved
 
 

@@ -31,12 +31,13 @@ from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: f
                    bouncing_balls)
 
 FRAMEWISE, PYRAMID = "--schedule autoregressive", "--schedule pyramid"
-FROM_NOTHING = "--batch 8 --frames 16"
+SIX, FROM_NOTHING = f"{FRAMEWISE} --steps 6", "--batch 8 --frames 16"
 CLEAN = "--forcing teacher --context-noise 0.002"
 NOISY = "--forcing teacher --context-noise 0.1"
 RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
-    ("", (0, 1, 2), (FRAMEWISE, PYRAMID, FROM_NOTHING, f"--schedule full_sequence {FROM_NOTHING}")),
-    (CLEAN, (0, 1, 2), (FRAMEWISE, PYRAMID)),
+    ("", (0, 1, 2), (FRAMEWISE, SIX, PYRAMID, FROM_NOTHING,
+                    f"--schedule full_sequence {FROM_NOTHING}")),
+    (CLEAN, (0, 1, 2), (FRAMEWISE, SIX, PYRAMID)),
     (NOISY, (0, 1, 2), (FRAMEWISE,)),
     ("--forcing full_sequence", (0, 1, 2), (f"--steps 20 {FROM_NOTHING}",)),
     ("--temporal gru", (0,), (FRAMEWISE, PYRAMID)),
