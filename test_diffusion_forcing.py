@@ -2573,7 +2573,7 @@ def test_readme_speaks_of_what_there_is(monkeypatch, request):
     known = "--nproc_per_node " + "".join(here(script, "-h", cwd=HERE) for script in (train, sample, compare))
     unknown = set(re.findall("--[a-z][a-z_-]*", text)) - set(re.findall("--[a-z][a-z_-]*", known))
     assert not unknown, f"options that no script has: {unknown}"
-    for path in re.findall(r"\]\((\S+?)\)", text):
+    for path in re.findall(r"\]\((?!http)(\S+?)\)", text):
         assert Path(path).exists() or Path("assets", path).exists(), f"{path} is not there"
     markers, exercises = " ".join(request.config.getini("markers")), re.findall(r"^\| \d \|(.*?)\|.*`pytest -m (.*)`", text, re.M)
     for task, graded in exercises:
