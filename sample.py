@@ -28,8 +28,8 @@ from diffusion_forcing import (SCHEDULES, SOLVERS, load_checkpoint, need, rollou
                                scheduling_matrix)
 
 STEPS, UNCERTAINTY, SOLVER = 8, 2.0, "multistep"  # chosen by rollouts of balls and of real clips
-SUITED = {"diffusion": "pyramid", "teacher": "autoregressive",  # the schedule for each paradigm of
-          "full_sequence": "full_sequence"}                     # training
+SCHEDULE_FOR = {  # what suits each paradigm of training
+    "diffusion": "pyramid", "teacher": "autoregressive", "full_sequence": "full_sequence"}
 CODECS = {".mp4": ("libx264", ["-crf", "16"]), ".webm": ("libvpx-vp9", ["-crf", "20", "-b:v", "0"])}
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # What a video may be, whatever its name: no playlist and no script, which could open other files.
@@ -272,7 +272,7 @@ def parse_args():
     add("--context-frames", type=positive, help="how many of its first frames are given (4)")
     add("--actions", help=".npy (T, A), repeated at its end (the side file of --context)")
     add("--schedule", choices=SCHEDULES, help="by default what suits the --forcing of train.py: "
-        + ", ".join(f"{schedule} for {forcing}" for forcing, schedule in SUITED.items()))
+        + ", ".join(f"{schedule} for {forcing}" for forcing, schedule in SCHEDULE_FOR.items()))
     add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: steps between "
         "the starts of two frames, and network calls for each frame (%(default)s)")
     add("--tile", type=positive, help="full_sequence: frames that come down together (as trained)")
@@ -326,8 +326,8 @@ def main():
         if args.show_schedule:
             num_frames = (args.frames or 16) - args.context_frames
             need(num_frames > 0, f"--frames {args.frames}: it counts the frames of context, too")
-            matrix = scheduling_matrix(args.schedule or SUITED["diffusion"], num_frames, args.steps,
-                                       args.uncertainty)
+            matrix = scheduling_matrix(args.schedule or SCHEDULE_FOR["diffusion"], num_frames,
+                                       args.steps, args.uncertainty)
             return [print(*[0] * args.context_frames, *row) for row in matrix.tolist()]
         known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
         need(known and args.out.parent.is_dir() and not args.out.is_dir(),
@@ -340,12 +340,12 @@ def main():
         config.context_noise = args.context_noise or config.context_noise
         forcing = extra.get("forcing", "diffusion" if config.causal else "full_sequence")
         args.frames = args.frames or (config.clip_frames if forcing == "full_sequence" else 256)
-        schedule = args.schedule or SUITED[forcing]
+        schedule = args.schedule or SCHEDULE_FOR[forcing]
         need(schedule == "full_sequence" or not args.tile,
              f"--tile is for --schedule full_sequence only, not for {schedule}")
         context, actions = load_inputs(args, config, extra.get("stride", 1))
         matrix, period = matrix_for(schedule, args.tile or config.clip_frames, args.steps,
-                                 args.uncertainty)
+                                    args.uncertainty)
         frames = rollout(model, matrix, args.frames, context, period=period, actions=actions,
                          batch_size=args.batch, solver=args.solver,
                          generator=torch.Generator(args.device).manual_seed(args.seed))

@@ -1501,7 +1501,7 @@ def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path)
         ckpt = compare.train("--temporal gru", 0, Namespace(out=tmp_path, minutes=minutes))
     assert [words[words.index("--minutes") + 1] for words in done] == ["0.1", "4"], "the same once, another anew"
     ckpt.write_bytes(b"")
-    np.save(compare.run_folder(ckpt, "--steps 3", Namespace(out=tmp_path)) / "r_0.npy", np.zeros((1, 2, 2, 3), np.uint8))
+    np.save(compare.folder(Namespace(out=tmp_path), ckpt.parent.name, "sample --steps 3") / "r_0.npy", np.zeros((1, 2, 2, 3), np.uint8))
     for time in (1, 1, 2):
         os.utime(ckpt, (time, time))
         compare.roll_out(ckpt, "--steps 3", Namespace(out=tmp_path))

@@ -40,9 +40,9 @@ from tqdm import tqdm
 from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, aside,
                                diffusion_forcing_loss, load_checkpoint, need, rollout,
                                save_checkpoint)
-from sample import (SOLVER, SUITED, fail, find_device, in_words, list_images, matrix_for,
-                    mistakes, positive, positive_float, read_actions, read_clip, side_file, to_bytes,
-                    to_frames, video_writer)
+from sample import (SCHEDULE_FOR, SOLVER, fail, find_device, in_words, list_images, matrix_for,
+                    mistakes, positive, positive_float, read_actions, read_clip, side_file,
+                    to_bytes, to_frames, video_writer)
 
 RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
 PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, for a GPU.
@@ -330,7 +330,7 @@ def preview(path, model, data, s, num_frames):
     context = min(CONTEXT, num_frames - 1)
     if s.forcing == "full_sequence":
         context, num_frames = 0, min(s.clip_frames, s.window)
-    matrix, period = matrix_for(SUITED[s.forcing], num_frames)
+    matrix, period = matrix_for(SCHEDULE_FOR[s.forcing], num_frames)
     x, actions, generator = to_device(draw(data, s, 4, num_frames, PREVIEW, data.held_out), s)
     frames = rollout(model, matrix, num_frames, x[:, :context], period=period, actions=actions,
                      solver=SOLVER, generator=generator)

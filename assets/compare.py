@@ -26,7 +26,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from diffusion_forcing import scheduling_matrix  # noqa: E402
+from diffusion_forcing import SCHEDULES, scheduling_matrix  # noqa: E402
 from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: found by the above
                    bouncing_balls)
 
@@ -46,8 +46,8 @@ RUNS = [  # options of train.py, seeds, rollouts as options of sample.py
 ]
 MATRICES = [*(f"{FRAMEWISE} --steps {s}" for s in (4, 6, 8)),
             *(f"{PYRAMID} --uncertainty {u} --steps {s}" for u in (1, 2, 3) for s in (6, 8))]
-WAYS = [  # to roll out --ckpt
-    *MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES),
+WAYS = [*MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES)]  # for all of --ckpt
+MORE = [  # for a single one
     *(f"--solver euler {way}" for way in MATRICES if way.startswith(FRAMEWISE)),
     *(f"--context-noise {noise}" for noise in (0.002, 0.01, 0.02, 0.05, 0.2, 0.5))]
 CLIPS, LENGTHS = 8, (16, 64, 256)
@@ -141,12 +141,6 @@ def folder(args, *names):
     return path
 
 
-def run_folder(ckpt, options, args):
-    """The folder for the rollouts of a checkpoint."""
-    own = ckpt.is_relative_to(args.out)
-    return folder(args, ckpt.parent.name if own else ckpt, "sample", options)
-
-
 def train(options, seed, args, data=()):
     """-> the checkpoint of a run."""
     path = folder(args, "train", options, "seed", seed)
@@ -156,22 +150,28 @@ def train(options, seed, args, data=()):
     return path / "model.pt"
 
 
+def sample(ckpt, options, contexts, name, args):
+    """Runs sample.py for 256 frames -> the folder with NAME*.npy, and its log NAME.txt."""
+    own = ckpt.is_relative_to(args.out)
+    path = folder(args, ckpt.parent.name if own else ckpt, "sample", options)
+    given = ["--context", *contexts] if contexts else []
+    call("sample.py", ["--ckpt", ckpt, "--frames", LENGTHS[-1], *options.split(), "--device", "cpu",
+                       *given, "--out", path / f"{name}.npy"],
+         path / f"{name}.txt", after=ckpt.stat().st_mtime)
+    return path
+
+
 def roll_out(ckpt, options, args, context="context"):
     """-> clips (N, T, H, W, 3), each from 4 real frames or, with --batch, from nothing."""
-    path, contexts = run_folder(ckpt, options, args), [f"{context}_{i}.npy" for i in range(CLIPS)]
-    contexts = [] if "--batch" in options else ["--context", *(args.out / c for c in contexts)]
-    call("sample.py", ["--ckpt", ckpt, "--frames", LENGTHS[-1], *options.split(), "--device", "cpu",
-                       *contexts, "--out", path / "r.npy"], path / "log.txt", ckpt.stat().st_mtime)
+    contexts = [args.out / f"{context}_{i}.npy" for i in range(CLIPS)]
+    path = sample(ckpt, options, [] if "--batch" in options else contexts, "r", args)
     files = [path / f"r_{i}.npy" for i in range(len(list(path.glob("r_*.npy"))))]
     return np.stack([np.load(file, allow_pickle=False) for file in files])
 
 
 def seconds(ckpt, options, args):
     """-> seconds for each frame of one clip, on one core, as the progress bar of sample.py says."""
-    path = run_folder(ckpt, options, args)
-    call("sample.py", ["--ckpt", ckpt, *options.split(), "--device", "cpu", "--context",
-                       args.out / "context_0.npy", "--out", path / "one.npy"],
-         path / "one.txt", ckpt.stat().st_mtime)
+    path = sample(ckpt, options, [args.out / "context_0.npy"], "one", args)
     return 1 / float(re.findall(r"([\d.]+) frames/s", (path / "one.txt").read_text())[-1])
 
 
@@ -219,7 +219,7 @@ def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
     """The first rows of three matrices as grey values: black is pure noise, white a clean frame.
     The first two columns are context."""
     panels = []
-    for kind in ("autoregressive", "pyramid", "full_sequence"):
+    for kind in SCHEDULES:
         matrix = scheduling_matrix(kind, num_frames, num_steps, uncertainty=2)[:rows].numpy()
         matrix = np.pad(matrix, ((0, rows - len(matrix)), (2, 0)))
         grey = (255 - matrix * 255 // num_steps).repeat(cell, 0).repeat(cell, 1)
@@ -259,8 +259,7 @@ def main():
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
     ckpts = [path.resolve() for path in args.ckpt or []]
     names = ", ".join(path.stem for path in ckpts)
-    ways = WAYS[: len(WAYS) if len(ckpts) == 1 else 2 * len(MATRICES)]
-    wanted = [(names, range(len(ckpts)), ways)] if ckpts else RUNS
+    wanted = [(names, range(len(ckpts)), WAYS + MORE * (len(ckpts) == 1))] if ckpts else RUNS
     jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(dict.fromkeys((name, seed) for name, _, seed in jobs))
@@ -270,7 +269,7 @@ def main():
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
     per_frame = {way: np.mean([seconds(path, way, args) for path in ckpts])  # nothing beside it
-                 for way in ways if ckpts and "--batch" not in way}
+                 for _, _, ways in wanted for way in ways if ckpts and "--batch" not in way}
     print_table(rows, real, per_frame)
     draw_strip([x[0][0] for x in rows.values()], args.out / "strip.png")
 
