@@ -104,6 +104,7 @@ class Config:
 
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
     P_std: float = 2.4               # ... and this standard deviation, twice as wide as in EDM
+    alternating: float = 0.5         # share of the clips in which clean and noisy frames take turns
     sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
     sigma_max: float = 80.0          # and then to 0
     rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
@@ -151,11 +152,19 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     With forcing "diffusion" and "teacher", every frame has its own sigma, independent of all others
     (paper, Algorithm 1). With "full_sequence", all frames of a clip share one. They are drawn on
     the device of the generator. Raises ValueError for any other forcing.
+
+    A rollout asks for a noisy frame after clean ones, and only there an action can be learned. In
+    independent levels such frames are rare. So, with "diffusion", in config.alternating of the
+    clips, levels below and above the median take turns; each frame alone is as likely as before.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
     device = generator.device if generator else None
     normal = torch.randn(shape, generator=generator, device=device)
+    if forcing == "diffusion":
+        draw = torch.rand((batch_size, 1), generator=generator, device=device) / config.alternating
+        sign = 1 - 2 * ((torch.arange(num_frames, device=device) + (draw < 0.5)) % 2)  # +-1, (B,T)
+        normal = torch.where(draw < 1, sign * normal.abs(), normal)
     sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
     return sigma.expand(batch_size, num_frames)
 
@@ -318,7 +327,10 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     period      rows between the starts of two copies; default M: when the last copy is finished
     num_frames  counts the context; None: go on for ever, or until the actions end
     context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
-    actions     (B, num_frames or more, action_dim); row t is the action that leads to frame t
+    actions     (B, num_frames or more, action_dim), or an iterator over (B, action_dim), whose end
+                ends the rollout: row t leads to frame t, from frame 0 on. A row is asked for when
+                its frame joins: once the frame before it was given out, or S / u frames earlier
+                in a pyramid
     solver      "multistep" or "euler"
     A two-way model (causal=False) keeps no state: it can roll out one copy, within its window.
     Raises ValueError for what cannot work, before anything is computed.
@@ -332,12 +344,12 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     need(context.ndim == 5 and context.shape[2:] == size and context.is_floating_point(),
          f"context is {context.dtype} {tuple(context.shape)}; floats (B, T, *{size}) are needed")
     B, given = context.shape[:2]  # given: number of context frames
-    if actions is not None:
-        need(actions.ndim == 3 and actions.shape[::2] == (B, config.action_dim), f"actions are "
-             f"{tuple(actions.shape)}; ({B}, number of frames, {config.action_dim}) is needed")
-        num_frames = actions.shape[1] if num_frames is None else num_frames
-        need(actions.shape[1] >= num_frames,
-             f"actions have {actions.shape[1]} rows; one for each of {num_frames} frames is needed")
+    if torch.is_tensor(actions):
+        wanted = f"({B}, {num_frames or 'number of frames'} or more, {config.action_dim})"
+        need(actions.ndim == 3 and actions.shape[::2] == (B, config.action_dim)
+             and actions.shape[1] >= (num_frames or 1),
+             f"actions are {tuple(actions.shape)}; {wanted} is needed")
+        actions = actions.unbind(1)
     need(num_frames is None or num_frames >= max(given, 1),
          f"num_frames is {num_frames}; it counts the {given} frames of context and is at least 1")
     need(solver in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed")
@@ -374,10 +386,20 @@ class Frame:
     """What `roll` keeps of each frame that is not in the state yet. x, eps, D: (B, C, H, W)."""
 
     t: int                     # its number in the video, context included
+    action: torch.Tensor       # (B, A), the one that leads to it; None: there are no actions
     x: torch.Tensor
     eps: torch.Tensor          # its one draw of noise as history
     D: torch.Tensor            # what it was denoised to in its last step; before the first step: x
     s_last: float = math.inf   # its sigma before that step; infinite: there was none
+
+
+def all_frames(context, num_frames, actions, sigma_max, noise):
+    """-> iterator over every Frame of the video in order: context first, then pure noise. It asks
+    for the action of a frame when it makes it, and ends with num_frames, or with the actions."""
+    numbers = itertools.count() if num_frames is None else range(num_frames)
+    for t, action in zip(numbers, itertools.repeat(None) if actions is None else actions):
+        x = context[:, t] if t < context.shape[1] else sigma_max * noise()
+        yield Frame(t, action, x, noise(), x)
 
 
 @torch.no_grad()
@@ -389,18 +411,18 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     noise = lambda: randn((B, *size), context, generator)
     level = lambda row, t: endless_level(matrix, period, row, t - given)
 
-    frames = [Frame(t, x, noise(), x) for t, x in enumerate(context.unbind(1))]
-    joined, given_out, state = given, given, None
-    yield from context.clone().unbind(1)  # copies, here and below: the caller may change them
+    coming = all_frames(context, num_frames, actions, float(sigmas[S]), noise)
+    frames, ended, state = list(itertools.islice(coming, given)), False, None
+    joined = given_out = len(frames)
+    yield from context[:, :joined].clone().unbind(1)  # copies: the caller may change them
     for row in itertools.count():
-        if given_out == num_frames:
-            return
         # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
         # not move, and nobody sees it, as no later frame has started. (Two-way: all at once.)
-        while joined != num_frames and (level(row + 1, joined) < S or not config.causal):
-            x = float(sigmas[S]) * noise()
-            frames.append(Frame(joined, x, noise(), x))
-            joined += 1
+        while not ended and (level(row + 1, joined) < S or not config.causal):
+            new = list(itertools.islice(coming, 1))
+            frames, joined, ended = frames + new, joined + len(new), not new
+        if ended and given_out == joined:
+            return
         now, after = ([level(r, frame.t) for frame in frames] for r in (row, row + 1))
         if now == after:  # nothing moves: no call
             continue
@@ -421,7 +443,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         added, ahead, shrink = map(per_frame, factors)
         x, eps, D_last = (torch.stack([getattr(frame, name) for frame in frames], 1)
                           for name in ("x", "eps", "D"))  # (B,n,C,H,W) each
-        told = None if actions is None else actions[:, frames[0].t : joined].to(x)
+        told = actions if actions is None else torch.stack([f.action for f in frames], 1).to(x)
         D, state = model(x + added * eps, label.expand(B, -1), state, actions=told, commit=finished)
         # Step. Euler's is x + (s_next - s) dx/dsigma, where dx/dsigma = (x - D) / s; written like
         # this, a step to 0 lands on D exactly.

@@ -6,15 +6,20 @@
 
     python sample.py --ckpt assets/balls.pt --frames 256                    from nothing
     python sample.py --ckpt model.pt --frames 256 --context clip.mp4        going on from a clip
+    python sample.py --ckpt assets/balls.pt --play                          steer it with the keys
     python sample.py --show-schedule --frames 6                             prints the matrix
 """
 
 import argparse
+import collections
 import contextlib
 import itertools
 import logging
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import imageio.v2
@@ -249,6 +254,75 @@ def video_writer(path, height, width, fps=15, scale=None):
             raise OSError("the video could not be written to its end (is the disk full?)")
 
 
+# ---- the world in the terminal -------------------------------------------------------------------
+
+
+def draw(image, line):
+    """Shows uint8 (H, W, 3) in this terminal, and a line of text below. A half block is two pixels:
+    the colour in front is the upper one. In a small window, pixels are left out evenly."""
+    columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    zoom = min(columns / image.shape[1], 2 * (lines - 1) / image.shape[0])
+    zoom = int(zoom) or zoom
+    y, x = ((np.arange(int(n * zoom)) / zoom).astype(int) for n in image.shape[:2])
+    many = os.environ.get("COLORTERM") in ("truecolor", "24bit")  # or else 6 of each of red, green
+    image = image if many else np.searchsorted([48, 115, 155, 195, 235], image, "right")  # and blue
+    colour = lambda r, g, b: f"2;{r};{g};{b}" if many else f"5;{16 + 36 * r + 6 * g + b}"
+    image, end = image[y][:, x], "\x1b[0m" + "\x1b[K" * (len(x) < columns) + "\r\n"
+    rows = ("".join(f"\x1b[38;{colour(*a)};48;{colour(*b)}m\u2580" for a, b in zip(*two)) + end
+            for two in zip(image[::2], image[1::2]))
+    print("\x1b[H", *rows, line[: max(columns - 1, 0)], "\x1b[J", sep="", end="", flush=True)
+
+
+def play(world, action_dim, one_hot, fps, keep):
+    """Shows the frames of world(n, actions), at most fps a second, and hands them to `keep`. The
+    iterator `actions` says what the keys say, (1, A) for each frame; r goes on to world n + 1."""
+    import curses  # not on Windows
+    one = torch.eye(action_dim).split(1)
+    arrows = (curses.KEY_LEFT, curses.KEY_RIGHT, curses.KEY_UP, curses.KEY_DOWN)  # up is -1
+    means = dict(zip(b"0123456789", one) if one_hot else
+                 zip(arrows, (sign * row for row in one[:2] for sign in (-1, 1))))
+    keys = f"0 to {len(means) - 1}" if one_hot else "arrows"
+    idle = chosen = told = one[0] * one_hot  # action 0, or zeros
+    anew, paused, due, times = False, False, 0, collections.deque(maxlen=16)
+
+    def actions():  # asked after the last frame was shown; a digit is held, an arrow is not
+        nonlocal anew, chosen, told
+        anew, chosen, told = False, idle, idle
+        while not anew:
+            told, chosen = chosen, chosen if one_hot else idle
+            yield told
+
+    def loop(screen):
+        nonlocal anew, paused, due, chosen
+        with contextlib.suppress(curses.error):  # not every terminal can
+            curses.curs_set(0)  # no cursor
+        worlds = (world(number, actions()) for number in itertools.count())
+        for frame in itertools.chain.from_iterable(worlds):
+            keep(images := to_bytes(frame))
+            times.append(time.monotonic())
+            due = max(due + 1 / fps, times[-1])
+            rate, key = (len(times) - 1) / max(times[-1] - times[0], 1e-3), None
+            while key != -1 or paused or time.monotonic() < due:  # -1: no key was pressed in time
+                draw(images[0], f"{keys} | space: pause | r: anew | q: end | {rate:.0f} frames/s | "
+                     f"action {' '.join(f'{a:g}' for a in told[0].tolist())}")
+                screen.timeout(100 if paused else max(0, round(1000 * (due - time.monotonic()))))
+                key = screen.getch()
+                if key == ord("q"):
+                    return
+                anew, paused = anew or key == ord("r"), paused ^ (key == ord(" "))
+                if key in means:
+                    chosen = means[key] if one_hot else (chosen + means[key]).clamp(-1, 1)
+
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):  # SIGHUP: a closed window
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        curses.wrapper(loop)  # the keyboard, the other screen; at the end, all as it was before
+    except KeyboardInterrupt:
+        pass
+    except curses.error as error:
+        fail(f"--play: this terminal cannot show it ({error})")
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -266,7 +340,8 @@ def parse_args():
     add("--ckpt", default="model.pt", help="as written by train.py (%(default)s)")
     add("--frames", type=positive, help="length, context included (256; a model of full_sequence: "
         "one clip)")
-    add("--out", type=Path, default="rollout.mp4", help=".mp4, .gif, .webm or .npy (%(default)s)")
+    add("--out", type=Path, help=".mp4, .gif, .webm or .npy (rollout.mp4; of --play: none)")
+    add("--play", action="store_true", help="steer the world with the keys, in this terminal")
     add("--context", nargs="+", default=[], metavar="CLIP", help="clips to go on from, one rollout "
         "for each")
     add("--context-frames", type=positive, help="how many of its first frames are given (4)")
@@ -303,7 +378,8 @@ def load_inputs(args, config, stride):
     if not config.action_dim:
         need(not args.actions, f"{args.actions}: the model was trained without actions")
         return context, None
-    actions = np.zeros((args.batch, args.frames, config.action_dim), np.float32)
+    num_frames = args.frames or args.context_frames
+    actions = np.zeros((args.batch, num_frames, config.action_dim), np.float32)
     files = [Path(args.actions)] if args.actions else [*map(side_file, args.context)]
     for row, file in zip(actions, itertools.cycle(files)):
         if args.actions or file.exists():
@@ -314,14 +390,32 @@ def load_inputs(args, config, stride):
     return context, torch.from_numpy(actions).to(args.device)
 
 
+def check(args):
+    """-> the paths to write to. Raises ValueError for what does not fit together."""
+    if args.play:
+        need(os.name == "posix", "--play needs a terminal of Linux or macOS")
+        need(sys.stdin.isatty() and sys.stdout.isatty(), "--play needs a terminal, not a pipe")
+        need(not args.actions, "--actions: with --play, the keys are the actions")
+        need(args.schedule in (None, "autoregressive"), "--play: only --schedule autoregressive")
+        if not args.out:
+            return []
+    known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
+    need(known and args.out.parent.is_dir() and not args.out.is_dir(),
+         f"--out {args.out}: .mp4, .webm, .gif or .npy in an existing folder is needed")
+    paths = [args.out]
+    if args.batch > 1 and not args.play:
+        paths = [args.out.with_stem(f"{args.out.stem}_{i}") for i in range(args.batch)]
+    inputs = [*args.context, *map(side_file, args.context), *filter(None, [args.actions])]
+    need(not {p.resolve() for p in paths} & {Path(i).resolve() for i in inputs},
+         f"--out {args.out} would overwrite what the rollout is made from")
+    return paths
+
+
 def main():
     args = parse_args()
     args.batch = max(args.batch, len(args.context))
     args.context_frames = args.context_frames or (4 if args.context else 0)
-    paths = [args.out]
-    if args.batch > 1:
-        paths = [args.out.with_stem(f"{args.out.stem}_{i}") for i in range(args.batch)]
-    inputs = [*args.context, *map(side_file, args.context), *filter(None, [args.actions])]
+    args.out = args.out or (None if args.play else Path("rollout.mp4"))
     with mistakes(ValueError):
         if args.show_schedule:
             num_frames = (args.frames or 16) - args.context_frames
@@ -329,35 +423,48 @@ def main():
             matrix = scheduling_matrix(args.schedule or SCHEDULE_FOR["diffusion"], num_frames,
                                        args.steps, args.uncertainty)
             return [print(*[0] * args.context_frames, *row) for row in matrix.tolist()]
-        known = args.out.suffix.lower() in (*CODECS, ".gif", ".npy")
-        need(known and args.out.parent.is_dir() and not args.out.is_dir(),
-             f"--out {args.out}: .mp4, .webm, .gif or .npy in an existing folder is needed")
-        need(not {p.resolve() for p in paths} & {Path(i).resolve() for i in inputs},
-             f"--out {args.out} would overwrite what the rollout is made from")
+        paths = check(args)
         args.device = find_device(args.device)
         model, extra = load_checkpoint(args.ckpt, args.device)
         config = model.config
         config.context_noise = args.context_noise or config.context_noise
         forcing = extra.get("forcing", "diffusion" if config.causal else "full_sequence")
-        args.frames = args.frames or (config.clip_frames if forcing == "full_sequence" else 256)
+        if args.play:
+            need(config.action_dim, f"--play: {args.ckpt} was trained without actions")
+            need(config.causal, f"--play: {args.ckpt} looks both ways, and makes whole clips only")
+            args.schedule = "autoregressive"  # only so does an action show in the next frame
+        elif not args.frames:
+            args.frames = config.clip_frames if forcing == "full_sequence" else 256
         schedule = args.schedule or SCHEDULE_FOR[forcing]
         need(schedule == "full_sequence" or not args.tile,
              f"--tile is for --schedule full_sequence only, not for {schedule}")
         context, actions = load_inputs(args, config, extra.get("stride", 1))
         matrix, period = matrix_for(schedule, args.tile or config.clip_frames, args.steps,
                                     args.uncertainty)
-        frames = rollout(model, matrix, args.frames, context, period=period, actions=actions,
-                         batch_size=args.batch, solver=args.solver,
-                         generator=torch.Generator(args.device).manual_seed(args.seed))
-    bar = tqdm(frames, desc=str(args.out), total=args.frames, unit=" frames")
+        roll = lambda context, actions, seed, batch_size: rollout(
+            model, matrix, args.frames, context, period=period, actions=actions,
+            batch_size=batch_size, solver=args.solver,
+            generator=torch.Generator(args.device).manual_seed(seed))
+        frames = None if args.play else roll(context, actions, args.seed, args.batch)
+
+    def world(number, keys):
+        i = number % args.batch
+        rows = actions[i : i + 1, : args.context_frames].cpu().unbind(1)
+        return roll(None if context is None else context[i : i + 1], itertools.chain(rows, keys),
+                    args.seed + number, 1)
+
+    bar = tqdm(frames, desc=str(args.out), total=args.frames, unit=" frames", disable=args.play)
     with mistakes():
         try:
             with contextlib.ExitStack() as stack:  # finishes all files, whatever happens
                 writers = [stack.enter_context(video_writer(
                     path, config.height, config.width, args.fps, args.scale)) for path in paths]
+                keep = lambda images: [write(image) for write, image in zip(writers, images)]
+                if args.play:
+                    return play(world, config.action_dim, extra.get("one_hot", False), args.fps,
+                                keep)
                 for frame in bar:
-                    for write, image in zip(writers, to_bytes(frame)):
-                        write(image)
+                    keep(to_bytes(frame))
         except OSError as error:
             fail(in_words(error, args.out))
         except KeyboardInterrupt:

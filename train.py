@@ -66,14 +66,18 @@ PARTS = 2**16  # for draw(): part p of step i has number i * PARTS + p; no step 
 MEASURE, PREVIEW, VALIDATE = 2**60, 2**61, 2**62
 LOG = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
 RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
+PUSHED = 1 / 8  # share of the frames in which a push is drawn, uniform over the nine
 BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
 
 
 # ---- data: batch(rng, n, T, held) -> clips (n, T, H, W, 3) uint8, actions (n, T, A) float32 ------
 
 
-def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=8, speed=SPEED):
-    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3)."""
+def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=8, speed=SPEED,
+                   push=None):
+    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3). push (N, T, 2) holds
+    -1, 0 or 1, to the right and down: if push[:, t] is not (0, 0), the red ball goes on in that
+    direction, at 1 pixel a frame, before it moves into frame t."""
     need(size >= 4 * radius, f"size is {size}; two balls need {4 * radius:.0f} pixels or more")
     angle = rng.uniform(0, 2 * np.pi, (num_clips, 2))
     v = np.stack([np.cos(angle), np.sin(angle)], -1)  # (N, ball, xy)
@@ -82,12 +86,15 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=
     while (overlap := np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * radius).any():
         p[overlap] = rng.uniform(radius, size - radius, (overlap.sum(), 2, 2))
     pixel, clips = np.arange(size) + 0.5, []
-    for _ in range(num_frames):
+    for t in range(num_frames):
         dx, dy = pixel - p[..., 0, None], pixel - p[..., 1, None]  # (N, ball, size) each
         distance = np.sqrt(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2)
         cover = np.clip(radius + 0.5 - distance, 0, 1)  # an edge one pixel wide
         image = BACKGROUND + np.einsum("nkhw,kc->nhwc", cover, COLOURS)
         clips.append(np.minimum(image, 255).round().astype(np.uint8))
+        if push is not None and t + 1 < num_frames:
+            length = np.linalg.norm(push[:, t + 1], axis=-1, keepdims=True)  # (N, 1)
+            v[:, 0] = np.where(length > 0, push[:, t + 1] / np.maximum(length, 1), v[:, 0])
         for _ in range(substeps):
             p = p + v / substeps
             low, high = p < radius, p > size - radius  # walls mirror
@@ -103,16 +110,18 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=
 
 
 class Balls:
-    action_dim, held_out = 0, True  # no clip is ever seen twice: each is as good as held out
+    held_out = True  # no clip is ever seen twice: each is as good as held out
 
     def __init__(self, s):
         need(s.size[0] == s.size[1], f"--size {s.size}: the box of the balls is a square")
         need(s.stride == 1, "--stride: only clips of --data have a stride")
-        self.size = s.size[0]
+        self.size, self.action_dim, self.one_hot = s.size[0], 0 if s.no_push else 2, False
 
     def batch(self, rng, n, num_frames, held=False):
-        clips = bouncing_balls(n, num_frames, rng, self.size)
-        return clips, np.zeros((n, num_frames, 0), np.float32)
+        push = rng.integers(-1, 2, (n, num_frames, 2))[..., :self.action_dim]
+        push = push * (rng.random((n, num_frames, 1)) < PUSHED)  # in the other frames: (0, 0)
+        clips = bouncing_balls(n, num_frames, rng, self.size, push=push if push.size else None)
+        return clips, push.astype(np.float32)
 
 
 class Clips:
@@ -124,6 +133,7 @@ class Clips:
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
         self.stride, self.clips, skipped = s.stride, [], 0  # clips: (path, length, actions)
+        one_hot = True  # is each action a choice of one? sample.py --play asks
         self.span = (s.clip_frames - 1) * s.stride + 1  # frames that a training clip covers
         files = find_clips(s.data, s.cache)
         for file in tqdm(files, f"decoding to {s.cache}", unit=" clips", disable=RANK > 0):
@@ -134,13 +144,16 @@ class Clips:
                 need(rows is None or len(rows) >= length,
                      f"{side}: {0 if rows is None else len(rows)} rows for {length} frames")
                 self.clips.append((path, length, rows))
+                if rows is not None:
+                    told = read_actions(side)  # without stride, which takes means
+                    one_hot &= bool(((told == 0) | (told == 1)).all() and (told.sum(1) == 1).all())
             except (OSError, ValueError) as error:
                 tqdm.write(f"skipped {in_words(error)}", sys.stdout)
                 skipped += 1
         widths = {rows.shape[1] for *_, rows in self.clips if rows is not None}
         need(self.clips, f"--data {s.data}: no clip of {self.span} or more frames")
         need(len(widths) < 2, f"--data {s.data}: actions of different widths, {sorted(widths)}")
-        self.action_dim = max(widths, default=0)
+        self.action_dim, self.one_hot = max(widths, default=0), one_hot and bool(widths)
         starts = np.array([length - self.span + 1 for _, length, _ in self.clips])
         held = np.arange(1, len(starts) + 1) % HELD_OUT == 0  # whole clips
         self.held_out = bool(held.any())
@@ -255,6 +268,7 @@ def parse_args():
     add("--minutes", type=positive_float, help="length in minutes (of the preset); the learning "
         "rate follows the clock, so that only --steps makes a run that can be repeated")
     add("--lr", type=positive_float, help="learning rate (of the preset)")
+    add("--no-push", action="store_true", help="balls that nobody pushes, and no actions")
     add("--window", type=positive, help="frames that attention sees (--clip-frames)")
     add("--temporal", choices=("attention", "gru"), default="attention", help="(%(default)s)")
     add("--forcing", choices=FORCINGS, default="diffusion", help="paradigm (%(default)s)")
@@ -460,7 +474,7 @@ def main():
                             total=float(total), count=count, settings=settings,
                             **{name: part.state_dict() for name, part in parts.items()})
             save_checkpoint(out, config, ema.state_dict(), step=step, stride=s.stride,
-                            forcing=s.forcing)
+                            forcing=s.forcing, one_hot=data.one_hot)
             with contextlib.suppress(OSError):  # it may be open in another program
                 out.with_suffix(".csv").write_text(log)
             save_time = elapsed
