@@ -43,12 +43,12 @@ Departures from the paper: sigma, preconditioning, weighting and steps without r
 of EDM (Karras et al., arXiv 2206.00364), not those of DDPM; the weights of the loss are learned;
 a step may use the D of the last step (DPM-Solver++); attention with a cache can take the place of
 the GRU, which works at every place of a U-Net (in the paper it is convolutional); rows of the
-matrix are in the order of sampling (in the paper, reversed); noise on history is really added.
+matrix are in the order of sampling (in the paper, reversed); noise on history is really added; in
+half of the training clips, little and much noise take turns.
 
-Does not include: autoencoders, text conditioning, guidance, discrete levels of noise. To use
-latents of your own autoencoder in place of pixels, set channels, height and width of Config to
-theirs and patch = 1, and measure data_mean and sigma_data on them (scale all channels to about the
-same deviation first: there is one sigma_data). Nothing in this file needs x to be pixels.
+Does not include: autoencoders, text conditioning, guidance, discrete levels of noise. For latents
+in place of pixels, set channels, height and width of Config to theirs and patch = 1, and measure
+data_mean and sigma_data on them (scale all channels to about the same deviation first).
 """
 
 import itertools
@@ -104,7 +104,7 @@ class Config:
 
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
     P_std: float = 2.4               # ... and this standard deviation, twice as wide as in EDM
-    alternating: float = 0.5         # share of the clips in which clean and noisy frames take turns
+    alternating: float = 0.5         # share of the clips in which little and much noise take turns
     sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
     sigma_max: float = 80.0          # and then to 0
     rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
@@ -121,8 +121,7 @@ class Config:
         need(self.height % multiple == self.width % multiple == 0,
              f"frames of {self.height}x{self.width}: multiples of {multiple} are needed "
              f"(patch {self.patch}, {len(self.dim_mults)} resolutions)")
-        need(self.temporal in ("attention", "gru"),
-             f"temporal is {self.temporal!r}; 'attention' or 'gru' is needed")
+        need(self.temporal in ("attention", "gru"), f"no mixer {self.temporal!r}")
         need(self.causal or self.temporal == "attention", "a GRU is always causal")
         need(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} is not even")
         dims = [self.dim * m for m in self.dim_mults]
@@ -136,6 +135,7 @@ class Config:
             need(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; a number "
                  "above 0 is needed" + " (frames of one colour?)" * (name == "sigma_data"))
         need(self.P_std >= 0, f"P_std is {self.P_std}; a standard deviation is never below 0")
+        need(0 <= self.alternating <= 1, f"alternating is {self.alternating}; a share is 0 to 1")
         need(self.sigma_min < self.sigma_max < math.inf,
              f"sigma_min {self.sigma_min} must lie below sigma_max {self.sigma_max}")
 
@@ -152,10 +152,9 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     With forcing "diffusion" and "teacher", every frame has its own sigma, independent of all others
     (paper, Algorithm 1). With "full_sequence", all frames of a clip share one. They are drawn on
     the device of the generator. Raises ValueError for any other forcing.
-
-    A rollout asks for a noisy frame after clean ones, and only there an action can be learned. In
-    independent levels such frames are rare. So, with "diffusion", in config.alternating of the
-    clips, levels below and above the median take turns; each frame alone is as likely as before.
+    What an action does can only be learned from a noisy frame after a clean one, which is rare. So,
+    with "diffusion", in config.alternating of the clips sigmas below and above the median take
+    turns. Each sigma, by itself, is as likely as before.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
@@ -163,8 +162,8 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     normal = torch.randn(shape, generator=generator, device=device)
     if forcing == "diffusion":
         draw = torch.rand((batch_size, 1), generator=generator, device=device) / config.alternating
-        sign = 1 - 2 * ((torch.arange(num_frames, device=device) + (draw < 0.5)) % 2)  # +-1, (B,T)
-        normal = torch.where(draw < 1, sign * normal.abs(), normal)
+        turn = torch.arange(num_frames, device=device) + (draw < 0.5)  # (B,T), odd: little noise
+        normal = torch.where(draw < 1, normal.abs() * (-1) ** turn, normal)
     sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
     return sigma.expand(batch_size, num_frames)
 
@@ -188,8 +187,7 @@ def per_frame(v):
 #    noise at low sigma, and the frame at high sigma. mu is the mean of the data (in EDM: 0).
 
 def edm_scalings(sigma, sigma_data):
-    """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma (EDM, Table 1). Here the label
-    c_noise is relative to sigma_data."""
+    """-> c_skip, c_out, c_in, c_noise, each like sigma (EDM, Table 1; c_noise: of the ratio)."""
     total = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / total
     c_out = sigma * sigma_data / total.sqrt()
@@ -199,8 +197,7 @@ def edm_scalings(sigma, sigma_data):
 
 
 def loss_weight(sigma, sigma_data):
-    """lambda(sigma) = 1 / c_out^2 (EDM, Table 1): with it, a network that says 0 has loss 1 at
-    every sigma."""
+    """lambda = 1 / c_out^2 (EDM, Table 1): a network that says 0 has loss 1 at every sigma."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -242,19 +239,17 @@ class ExpectedLoss(nn.Module):
     """-> u (B, T): exp(u) is the expected loss of a frame, from its own sigma (B, T) and from the
     sigma_past (B, T) of the four frames before it. Trained beside the denoiser; not for sampling.
 
-    A frame after nearly clean frames, or with little noise, often has a far smaller loss than a
-    noisy one after noisy ones. A plain mean is mostly about the latter, but a rollout needs the
-    former. Divided by what is expected, every mixture counts the same. The optimal denoiser stays
-    what it was: exp(u) scales a loss, and does not depend on what the frames show. (EDM2, arXiv
-    2312.02696, where u knows a frame's own sigma alone; Kendall et al., arXiv 1705.07115.)
+    A frame with little noise, or after nearly clean frames, often has a far smaller loss than a
+    noisy one after noisy ones. A plain mean is mostly about the latter; a rollout needs the former.
+    Divided by what is expected, every mixture counts the same. The optimal denoiser stays what it
+    was, as exp(u) does not depend on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.)
     """
 
     def __init__(self, config, past=4, width=64):
         super().__init__()
         self.config, self.past = config, past
         self.layers = nn.Sequential(nn.Linear(past + 1, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(),
-                                    zero(nn.Linear(width, 1)))  # u = 0 at first: no change
+                                    nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1)))
 
     def forward(self, sigma, sigma_past):
         nothing = self.config.in_frame_units(self.config.sigma_max)  # before frame 0: pure noise
@@ -287,8 +282,7 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
     What a pyramid costs (u <= S): one call of the network serves all frames in flight, about S / u.
     So T frames take S + floor(u (T - 1)) calls: the first ones fill the pyramid, the last ones
     drain it. An endless one, rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u),
-    takes u calls for each frame. (Each frame is still in S of them, and in one as history.) Raises
-    ValueError for what cannot work.
+    takes u calls for each frame. Raises ValueError for what cannot work.
     """
     need(kind in SCHEDULES, f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
     need(num_frames >= 1, f"num_frames is {num_frames}; at least 1 is needed")
@@ -328,9 +322,8 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     num_frames  counts the context; None: go on for ever, or until the actions end
     context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
     actions     (B, num_frames or more, action_dim), or an iterator over (B, action_dim), whose end
-                ends the rollout: row t leads to frame t, from frame 0 on. A row is asked for when
-                its frame joins: once the frame before it was given out, or S / u frames earlier
-                in a pyramid
+                ends the rollout. Row t leads to frame t, from frame 0 on. It is asked for when
+                frame t joins: after frame t - 1 was given out (in a pyramid, frame t - S / u)
     solver      "multistep" or "euler"
     A two-way model (causal=False) keeps no state: it can roll out one copy, within its window.
     Raises ValueError for what cannot work, before anything is computed.
@@ -345,20 +338,18 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
          f"context is {context.dtype} {tuple(context.shape)}; floats (B, T, *{size}) are needed")
     B, given = context.shape[:2]  # given: number of context frames
     if torch.is_tensor(actions):
-        wanted = f"({B}, {num_frames or 'number of frames'} or more, {config.action_dim})"
         need(actions.ndim == 3 and actions.shape[::2] == (B, config.action_dim)
-             and actions.shape[1] >= (num_frames or 1),
-             f"actions are {tuple(actions.shape)}; {wanted} is needed")
+             and actions.shape[1] >= (num_frames or 1), f"actions are {tuple(actions.shape)}; "
+             f"({B}, {num_frames or 'one row for each frame'}, {config.action_dim}) is needed")
         actions = actions.unbind(1)
     need(num_frames is None or num_frames >= max(given, 1),
          f"num_frames is {num_frames}; it counts the {given} frames of context and is at least 1")
     need(solver in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed")
     matrix = matrix.cpu()
     period = check_matrix(matrix, period, config.causal)
-    longest = min(given + matrix.shape[1], config.window)
-    need(config.causal or num_frames is not None and num_frames <= longest,
-         f"num_frames is {num_frames}; a two-way model (causal=False) rolls out one copy of the "
-         f"matrix, within its window: here at most {longest}")
+    longest = math.inf if config.causal else min(given + matrix.shape[1], config.window)
+    need((num_frames or math.inf) <= longest, f"num_frames is {num_frames}; a two-way model "
+         f"(causal=False) rolls out one copy of the matrix, within its window: here {longest}")
     return roll(model, matrix.tolist(), num_frames, context, period, actions, solver, generator,
                 config)
 
@@ -371,13 +362,12 @@ def check_matrix(matrix, period, causal):
     need(matrix.max() > 0 and (matrix[0] == matrix.max()).all() and (matrix[-1] == 0).all()
          and (matrix.diff(dim=0) <= 0).all(),
          "a scheduling matrix starts with a row of S, ends with a row of 0, and never rises")
-    M = len(matrix) - 1
-    period = M if period is None else period
+    period = len(matrix) - 1 if period is None else period
     need(0 < period < math.inf, f"period is {period}; a number above 0 is needed")
-    next_copy = matrix[(torch.arange(M + 1) - math.floor(period)).clamp(min=0), 0]
+    next_copy = matrix[(torch.arange(len(matrix)) - math.floor(period)).clamp(min=0), 0]
     in_order = (matrix.diff(dim=1) >= 0).all() and (next_copy >= matrix[:, -1]).all()
-    need(in_order or not causal, "in no row may a frame be cleaner than one before it, as a causal "
-         f"model could not use it: take another matrix, or a longer period than {period}")
+    need(in_order or not causal, "for a causal model, in no row may a frame be cleaner than one "
+         f"before it: take another matrix, or a longer period than {period}")
     return period
 
 
@@ -394,8 +384,8 @@ class Frame:
 
 
 def all_frames(context, num_frames, actions, sigma_max, noise):
-    """-> iterator over every Frame of the video in order: context first, then pure noise. It asks
-    for the action of a frame when it makes it, and ends with num_frames, or with the actions."""
+    """-> iterator over every Frame, context first, then pure noise. The action of a frame is asked
+    for with the frame itself. It ends after num_frames, or where the actions end."""
     numbers = itertools.count() if num_frames is None else range(num_frames)
     for t, action in zip(numbers, itertools.repeat(None) if actions is None else actions):
         x = context[:, t] if t < context.shape[1] else sigma_max * noise()
@@ -411,15 +401,15 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     noise = lambda: randn((B, *size), context, generator)
     level = lambda row, t: endless_level(matrix, period, row, t - given)
 
-    coming = all_frames(context, num_frames, actions, float(sigmas[S]), noise)
-    frames, ended, state = list(itertools.islice(coming, given)), False, None
+    upcoming = all_frames(context, num_frames, actions, float(sigmas[S]), noise)
+    frames, ended, state = list(itertools.islice(upcoming, given)), False, None
     joined = given_out = len(frames)
     yield from context[:, :joined].clone().unbind(1)  # copies: the caller may change them
     for row in itertools.count():
         # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
         # not move, and nobody sees it, as no later frame has started. (Two-way: all at once.)
         while not ended and (level(row + 1, joined) < S or not config.causal):
-            new = list(itertools.islice(coming, 1))
+            new = list(itertools.islice(upcoming, 1))
             frames, joined, ended = frames + new, joined + len(new), not new
         if ended and given_out == joined:
             return
@@ -443,10 +433,9 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         added, ahead, shrink = map(per_frame, factors)
         x, eps, D_last = (torch.stack([getattr(frame, name) for frame in frames], 1)
                           for name in ("x", "eps", "D"))  # (B,n,C,H,W) each
-        told = actions if actions is None else torch.stack([f.action for f in frames], 1).to(x)
+        told = None if actions is None else torch.stack([f.action for f in frames], 1).to(x)
         D, state = model(x + added * eps, label.expand(B, -1), state, actions=told, commit=finished)
-        # Step. Euler's is x + (s_next - s) dx/dsigma, where dx/dsigma = (x - D) / s; written like
-        # this, a step to 0 lands on D exactly.
+        # Step: x + (s_next - s) dx/dsigma, dx/dsigma = (x - D) / s. A step to 0 lands on D exactly.
         D_half = D + ahead * (D - D_last)
         x = D_half + shrink * (x - D_half)
         for i, frame in enumerate(frames):
@@ -490,12 +479,10 @@ class Denoiser(nn.Module):
         """x (B, T, C, H, W), sigma (B, T), all above 0 -> denoised (B, T, C, H, W), state.
 
         state    what the last call returned, about the frames before x[:, 0]; None: there are none
-        commit   how many frames of this call, from its first on, enter the state; None: all; 0:
-                 the state comes back as it was
+        commit   how many frames of this call, from its first on, enter the state; None: all
         actions  (B, T, action_dim); None: zeros
         history  for teacher forcing, (x_clean (B, T, C, H, W), sigma_clean (B, T)): each frame sees
-                 the clean frames before it, and itself. One pass makes all T predictions, because
-                 2T frames, [clean | noisy], go through the network together.
+                 the clean frames before it, and itself, in one pass of 2T frames, [clean | noisy]
         Raises ValueError for shapes that do not fit, and on a CPU for a sigma of 0.
         """
         (B, T), c = x.shape[:2], self.config
@@ -506,8 +493,7 @@ class Denoiser(nn.Module):
         need(sigma.device.type != "cpu" or (sigma > 0).all(),  # a GPU would have to wait for this
              "sigma must be above 0, for its label is a logarithm: give even clean frames a little")
         if history is not None:
-            need(state is None and c.causal,
-                 "history needs a causal denoiser that starts without a state")
+            need(state is None and c.causal, "history needs a causal denoiser, without a state")
             x, sigma = torch.cat([history[0], x], 1), torch.cat([history[1], sigma], 1)  # 2T frames
             commit = T if commit is None else commit  # the clean frames come first
             actions = None if actions is None else torch.cat([actions, actions], 1)
@@ -577,9 +563,8 @@ class Block(nn.Module):
 # ==== 8. Temporal mixers: x (N, T, C) -> (N, T, C), and the state after `commit` frames. ==========
 #
 #    Streaming is exact: 16 frames in one call, or 5, then 1, then 10 with the state handed on, give
-#    the same numbers (but for rounding), also past the window. What the state keeps of a frame
-#    never changes, as no frame sees a later one; and it keeps all that the next frame may see: for
-#    attention, the last window - 1 frames; a GRU remembers nothing but its state.
+#    the same numbers (but for rounding), also past the window: no frame sees a later one, and the
+#    state keeps all that the next frame may see (for attention, the last window - 1 frames).
 #
 #    two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A clean frame sees
 #    the clean frames up to itself; a noisy frame sees the clean frames before it, and itself.
@@ -653,8 +638,8 @@ class TemporalGRU(nn.Module):
 
 def rotation(position, dim):
     """cos and sin (T, d) of the angles by which frames at `position` (T,) turn (RoPE, arXiv
-    2104.09864). The first pair of channels turns by a quarter for each frame, the last up to 1000
-    times slower. A pair is a channel of the first half and the same one of the second."""
+    2104.09864): the first pair of channels by a quarter for each frame, the last up to 1000 times
+    slower. A pair is a channel of the first half and the same one of the second."""
     half = torch.arange(dim // 2, device=position.device) / (dim // 2)
     angle = position[:, None] * (math.pi / 2 * 1000.0**-half)  # (T,d/2)
     angle = torch.cat([-angle, angle], -1)  # turns (a, b) to (a cos - b sin, b cos + a sin)
@@ -662,8 +647,7 @@ def rotation(position, dim):
 
 
 def rotary(x, cos, sin):
-    """Turns the pairs of channels of x (N, heads, T, d). In few passes over the memory: in a
-    rollout, all keys of the state are turned in every step."""
+    """Turns the pairs of channels of x (N, heads, T, d), in few passes over the memory."""
     swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
@@ -711,8 +695,7 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        frequency = torch.logspace(-0.5, 1.5, width // 4)
-        self.register_buffer("frequency", frequency, persistent=False)
+        self.register_buffer("frequency", torch.logspace(-0.5, 1.5, width // 4), persistent=False)
         self.layers = nn.Sequential(nn.Linear(width // 2, width), nn.SiLU(),
                                     nn.Linear(width, width))
 
@@ -732,9 +715,8 @@ def zero(layer):
 
 @contextmanager
 def aside(path, own=""):
-    """-> a path to write to. It takes the place of `path` at the end; if anything fails, it goes.
-    It is always the same, so that what a killed process left is replaced. own: a mark of this
-    process, for files that several may write at once."""
+    """-> a path to write to, which takes the place of `path` at the end, or goes if anything fails.
+    own: a mark of this process, for files that several may write at once."""
     temporary = Path(f"{path}{own}.tmp")
     try:
         yield temporary

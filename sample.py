@@ -260,12 +260,12 @@ def video_writer(path, height, width, fps=15, scale=None):
 def draw(image, line):
     """Shows uint8 (H, W, 3) in this terminal, and a line of text below. A half block is two pixels:
     the colour in front is the upper one. In a small window, pixels are left out evenly."""
-    columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    columns, lines = os.get_terminal_size()
     zoom = min(columns / image.shape[1], 2 * (lines - 1) / image.shape[0])
     zoom = int(zoom) or zoom
     y, x = ((np.arange(int(n * zoom)) / zoom).astype(int) for n in image.shape[:2])
     many = os.environ.get("COLORTERM") in ("truecolor", "24bit")  # or else 6 of each of red, green
-    image = image if many else np.searchsorted([48, 115, 155, 195, 235], image, "right")  # and blue
+    image = image if many else np.searchsorted([48, 116, 156, 196, 236], image, "right")  # and blue
     colour = lambda r, g, b: f"2;{r};{g};{b}" if many else f"5;{16 + 36 * r + 6 * g + b}"
     image, end = image[y][:, x], "\x1b[0m" + "\x1b[K" * (len(x) < columns) + "\r\n"
     rows = ("".join(f"\x1b[38;{colour(*a)};48;{colour(*b)}m\u2580" for a, b in zip(*two)) + end
@@ -394,7 +394,7 @@ def check(args):
     """-> the paths to write to. Raises ValueError for what does not fit together."""
     if args.play:
         need(os.name == "posix", "--play needs a terminal of Linux or macOS")
-        need(sys.stdin.isatty() and sys.stdout.isatty(), "--play needs a terminal, not a pipe")
+        need(os.isatty(0) and os.isatty(1), "--play needs a terminal, not a pipe")
         need(not args.actions, "--actions: with --play, the keys are the actions")
         need(args.schedule in (None, "autoregressive"), "--play: only --schedule autoregressive")
         if not args.out:

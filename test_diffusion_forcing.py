@@ -9,9 +9,12 @@ import itertools
 import math
 import os
 import re
+import select
 import signal
+import struct
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from operator import attrgetter
 from pathlib import Path
@@ -83,10 +86,31 @@ def units(config):
 
 @pytest.mark.noise
 def test_every_frame_has_a_level_of_its_own():
-    sigma = df.sample_noise_levels(4000, 3, tiny(), generator=torch.Generator().manual_seed(0)).log()
-    assert not torch.equal(sigma[0], sigma[1]), "clips of a batch share their levels"
-    correlation = torch.corrcoef(sigma.T) - torch.eye(3)
-    assert correlation.abs().max() < 0.1, "frames of a clip share their noise: draw (B, T) levels, not (B, 1)"
+    for forcing, config in (("diffusion", tiny(alternating=0.0)), ("teacher", tiny())):
+        sigma = df.sample_noise_levels(4000, 3, config, forcing, torch.Generator().manual_seed(0)).log()
+        assert not torch.equal(sigma[0], sigma[1]), "clips of a batch share their levels"
+        correlation = torch.corrcoef(sigma.T) - torch.eye(3)
+        assert correlation.abs().max() < 0.1, "frames of a clip share their noise: draw (B, T) levels, not (B, 1)"
+
+
+@pytest.mark.noise
+def test_in_a_share_of_the_clips_little_and_much_noise_take_turns():
+    def little(share):  # which frames (8000,6) have less noise than the median; the logarithms
+        config = tiny(alternating=share, P_mean=2.5, P_std=0.7)
+        log = df.sample_noise_levels(8000, 6, config, generator=torch.Generator().manual_seed(0)).log()
+        return log < 2.5 + math.log(units(config)), log
+
+    below, log = little(1.0)
+    assert (below[:, 1:] != below[:, :-1]).all(), "with a share of 1, a noisy frame follows each clean one in all clips"
+    assert abs(below[:, 0].float().mean() - 0.5) < 0.03, "half of the clips begin with little noise, half with much"
+    assert (abs(log.mean(0) - log.mean()) < 0.04).all() and abs(log.std(0) - 0.7).max() < 0.03, "each frame alone is log-normal"
+    assert abs(((log - log.mean()).abs() > 2 * 0.7).float().mean() - 0.0455) < 0.01, "4.55 % lie beyond two P_std, as before"
+    size = torch.corrcoef((log - log.mean()).abs().T) - torch.eye(6)
+    assert size.abs().max() < 0.06, "how far a frame is from the median depends on no other frame"
+    for share in (0.5, 0.2):
+        turns = (little(share)[0].diff(dim=1) != 0).all(1).float().mean()  # by chance: in a clip of 32
+        assert abs(turns - share - (1 - share) / 32) < 0.03, f"alternating {share}: the share of the clips that take turns"
+    assert Config().alternating == 0.5, "the share with which README's figures were made"
 
 
 @pytest.mark.noise
@@ -728,6 +752,46 @@ def test_whoever_paints_on_a_frame_does_not_change_the_memory(context):
         return torch.stack(frames)
 
     assert torch.equal(run(1.0), run(0.0)), "frames are given out as views of the memory: clone them"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("kind,S,u", [("autoregressive", 3, 3), ("pyramid", 4, 2), ("pyramid", 6, 1)])
+def test_an_action_is_asked_for_when_its_frame_joins(kind, S, u):
+    """After frame t - 1 was given out (in a pyramid, frame t - S / u), and not before: a player sees it first."""
+    seen = []  # in order: the number of an action that was asked for, or of a frame that was given out
+
+    def keys():
+        for t in itertools.count():
+            seen.append(f"action {t}")
+            yield torch.full((1, 1), float(t))
+
+    spy, context = Spy(action_dim=1), torch.zeros(1, 2, 3, 8, 8)
+    frames = df.rollout(spy, df.scheduling_matrix(kind, 1, S), 12, context, period=u, actions=keys())
+    for t, _ in enumerate(frames):
+        seen.append(f"frame {t}")
+    ahead = S // u
+    for t in range(2 + ahead, 12):
+        now = seen.index(f"action {t}")
+        assert f"frame {t - ahead}" in seen[:now], f"the action of frame {t} is asked for before frame {t - ahead} is given out"
+        assert f"frame {t - ahead + 1}" not in seen[:now], f"it is asked for later than needed: frame {t} is not noise any more"
+    assert seen[:4] == ["action 0", "action 1", "frame 0", "frame 1"], "the frames of context have actions, too"
+    assert "action 12" not in seen, "no action is asked for that no frame of num_frames needs"
+    for call in spy.calls:
+        told = call["actions"][0, :, 0].tolist()
+        assert told == list(range(int(told[0]), int(told[0]) + call["x"].shape[1])), "each frame has the action that was asked for it"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("kind,u", KINDS)
+def test_actions_may_come_from_an_iterator(kind, u):
+    model, actions = random_denoiser(action_dim=2, window=4), torch.randn(2, 9, 2)
+    run = lambda actions, N: list(df.rollout(model, df.scheduling_matrix(kind, 3, 4, u), N, torch.zeros(2, 2, 3, 8, 8),
+                                             actions=actions, generator=torch.Generator().manual_seed(0)))
+    tensor, one_by_one = run(actions, 9), run(iter(actions.unbind(1)), None)
+    assert len(one_by_one) == 9, "the end of the iterator ends the rollout, and all frames that have an action are given out"
+    assert all(map(torch.equal, tensor, one_by_one)), "an iterator gives the same frames as a tensor, bit for bit"
+    assert len(run(iter(actions.unbind(1)), 7)) == 7, "num_frames ends it before the actions do"
+    assert len(run(iter(actions[:, :1].unbind(1)), None)) == 1, "actions that end within the context end the rollout there"
 
 
 @pytest.mark.sampler
@@ -1397,7 +1461,8 @@ def balls(n=1, frames=8, size=16, seed=0, **options):
 
 
 def settings(**options):
-    return Namespace(**(dict(seed=0, device="cpu", clip_frames=4, size=(16, 16), stride=1, batch=2, forcing="diffusion") | options))
+    return Namespace(**(dict(seed=0, device="cpu", clip_frames=4, size=(16, 16), stride=1, batch=2, forcing="diffusion",
+                            no_push=False) | options))
 
 
 def clips_of(folder, **options):
@@ -1425,6 +1490,83 @@ def test_balls_keep_their_energy_and_stay_inside():
     assert speed.max() < 1.5 * 2**0.5 + 0.1 and np.median(speed) > 0.5, "0.6 to 1.5 pixels a frame, shared in collisions"
     energy = np.median((speed**2).sum(-1).reshape(8, 4, 19), -1)  # in each quarter of each clip
     assert np.allclose(energy, energy[:, :1], rtol=0.03), "collisions hand energy on and lose none"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("dx,dy", [d for d in itertools.product((-1, 0, 1), repeat=2) if any(d)])
+def test_a_push_turns_the_red_ball_before_it_moves(monkeypatch, dx, dy):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    from compare import find
+
+    push = np.zeros((12, 7, 2))
+    push[:, 0], push[:, 4] = (-dy, dx), (dx, dy)
+    plain, pushed = balls(12, 7, 48, seed=2), balls(12, 7, 48, seed=2, push=push)
+    assert (plain[:, :4] == pushed[:, :4]).all(), "a push of frame 4 changes no frame before it, and that of frame 0 nothing"
+    p, still = (np.stack([find(clip)[0] for clip in clips]) for clips in (pushed, plain))  # (N,T,ball,xy)
+    gap = np.minimum(p, 48 - p)[:, 3:].min((1, 2, 3)) - 3.5
+    free = (gap > 1.6) & (np.linalg.norm(p[:, 3:, 0] - p[:, 3:, 1], axis=-1).min(1) > 7.2)
+    assert free.sum() > 2
+    steps = np.diff(p, axis=1)[free, 3:, 0]
+    assert np.allclose(steps, np.array([dx, dy]) / np.hypot(dx, dy), atol=0.05), "it goes on at 1 pixel a frame, from frame 4 on"
+    assert np.allclose(p[free][:, :, 1], still[free][:, :, 1], atol=0.05), "the blue ball is not pushed"
+
+
+@pytest.mark.cli
+def test_training_draws_pushes_and_one_argument_leaves_them_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    from compare import push_errors
+
+    s = settings(size=(32, 32), no_push=False)
+    clips, push = train.Balls(s).batch(np.random.default_rng(0), 400, 16)
+    assert train.Balls(s).action_dim == 2 and push.shape == (400, 16, 2), "an action is (dx, dy)"
+    counts = np.unique(push.reshape(-1, 2), axis=0, return_counts=True)[1] / (400 * 16)
+    expected = np.full(9, 1 / 72) + [0, 0, 0, 0, 7 / 8, 0, 0, 0, 0]
+    assert np.allclose(counts, expected, atol=0.006), "a push in one frame of eight, uniform over the nine directions"
+    off = np.concatenate([push_errors(clip, p) for clip, p in zip(clips, push)])
+    assert len(off) > 50 and off.max() < 3, "row t of the actions is the push that leads to frame t"
+    plain = train.Balls(settings(size=(32, 32), no_push=True))
+    clips, push = plain.batch(np.random.default_rng(0), 3, 8)
+    assert plain.action_dim == 0 and push.shape == (3, 8, 0), "--no-push: no actions"
+    assert (clips == balls(3, 8, 32)).all(), "--no-push: and the clips are those without pushes"
+
+
+@pytest.mark.cli
+def test_the_angle_of_a_push_is_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    import compare
+
+    def drawn(*centres):
+        pixel = np.arange(32) + 0.5
+        cover = [np.clip(4 - np.hypot(pixel - x, pixel[:, None] - y), 0, 1) for x, y in centres]
+        return np.minimum(train.BACKGROUND + np.einsum("khw,kc->hwc", cover, train.COLOURS), 255).round().astype(np.uint8)
+
+    red = np.array([(8, 16 + 0.1 * t) for t in range(9)])
+    red[6:] += (1, 0.9)  # the step into frame 6 is (1, 1): 45 degrees to the right and downwards
+    clip, push = np.stack([drawn(xy, (26, 16)) for xy in red]), np.zeros((9, 2))
+    for direction, degrees in (((1, 1), 0), ((1, 0), 45), ((0, 1), 45), ((1, -1), 90), ((-1, -1), 180)):
+        push[6] = direction
+        assert compare.push_errors(clip, push) == pytest.approx([degrees], abs=1), f"a push of {direction}"
+    near = np.stack([drawn(xy, (17, 16)) for xy in red])
+    wall = np.stack([drawn(xy - (3, 0), (26, 16)) for xy in red])
+    assert not len(compare.push_errors(near, push)) and not len(compare.push_errors(wall, push)), "only in free flight"
+    assert not len(compare.push_errors(clip[3:], push[3:])), "a push at the end of the context is not measured"
+
+
+@pytest.mark.cli
+def test_the_arrow_of_a_push_points_where_it_goes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "assets"))
+    import compare
+
+    push = np.zeros((8, 2))
+    push[5] = 1, 0
+    clip = balls(1, 8, 48, seed=2, push=push[None])[0]
+    compare.draw_pushes(clip, push, tmp_path / "a.gif", scale=2, frames=2)
+    video = sample.read_clip(tmp_path / "a.gif", 96, 96)
+    drawn = [np.argwhere((frame == 255).all(-1)) for frame in video]
+    assert [len(d) > 0 for d in drawn] == [t in (5, 6) for t in range(8)], "in the frame that the push leads to, and the next"
+    x, y = 2 * compare.find(clip)[0][5, 0]
+    assert abs(drawn[5][:, 1].min() - x) < 2 and abs(drawn[5][:, 1].max() - x - 14) < 2, "7 pixels to the right of the ball's middle"
+    assert abs(np.median(drawn[5][:, 0]) - y) < 2, "and not up or down"
 
 
 @pytest.mark.cli
@@ -2388,6 +2530,260 @@ def test_every_clip_has_actions_of_its_own(tmp_path):
     assert not actions[0].any() and not actions[2].any(), "a clip without a side file has no actions: zeros"
     assert actions[1, :, 0].tolist() == [0, 2, 4, 0, 2], "actions that end are repeated"
     refused("2 numbers a frame where 3 are needed", sample.load_inputs, args, tiny(action_dim=3), 1)
+
+
+@pytest.mark.cli
+def test_the_checkpoint_tells_whether_actions_are_one_of_several(tmp_path, monkeypatch):
+    def one_hot(*rows, stride=1):
+        for name, row in zip("ab", rows):
+            np.save(tmp_path / "clips" / f"{name}.npy", balls(1, 8)[0])
+            np.save(tmp_path / "clips" / f"{name}.actions.npy", np.array(row)[np.arange(8) % len(row)])
+        return clips_of(tmp_path / "clips", stride=stride, clip_frames=2).one_hot
+
+    (tmp_path / "clips").mkdir()
+    eye = np.eye(3)
+    assert one_hot(eye) and one_hot(eye, eye[1:]), "every row has a single 1"
+    assert one_hot(eye, stride=2), "of the rows as they are in the file, not of their means"
+    for what, row in (("two ones", [[1, 1, 0]]), ("no one", eye * [1, 1, 0]), ("a half", eye / 2), ("-1, 1, 1", [[-1, 1, 1]])):
+        assert not one_hot(eye, row), f"{what} in one of the clips"
+    assert not train.Balls(settings(no_push=False)).one_hot, "pushes are no choice of one"
+    train_here(monkeypatch, tmp_path, *"--data clips --steps 2 --cache cache --out free.pt".split())
+    assert df.load_checkpoint(tmp_path / "free.pt")[1]["one_hot"] is False
+    one_hot(eye, eye)
+    train_here(monkeypatch, tmp_path, *"--data clips --steps 2 --cache cache --out choice.pt".split())
+    assert df.load_checkpoint(tmp_path / "choice.pt")[1]["one_hot"] is True, "sample.py --play needs it"
+
+
+# ---- sample.py: the world in the terminal
+
+
+def shown_in(columns, lines, image, monkeypatch, capsys, colours="truecolor"):
+    """What `draw` shows of an image in a terminal of this size -> pixels (2 * rows, columns) as told to the terminal, and
+    the lines of text below. It understands just the codes that `draw` uses."""
+    monkeypatch.setenv("COLORTERM", colours)
+    monkeypatch.setattr(sample.os, "get_terminal_size", lambda *_: os.terminal_size((columns, lines)))
+    capsys.readouterr()
+    sample.draw(image, "a line that says which keys there are")
+    said = capsys.readouterr().out
+    assert said.startswith("\x1b[H"), "each picture is drawn over the last one"
+    *rows, line = said[3:].split("\r\n")  # a terminal in this mode needs both
+    pixels = []
+    for row in rows:
+        cells = re.findall("\x1b\\[38;([25](?:;\\d+)+);48;([25](?:;\\d+)+)m\u2580", row)
+        assert row.count("\u2580") == len(cells) <= columns, "a half block for two pixels, with a colour for each"
+        assert row.endswith("\x1b[K") == (len(cells) < columns), "what is left of an old picture is cleared, but not a last pixel"
+        pixels += zip(*cells)
+    assert len(rows) < lines or not rows, "one line is left for the text"
+    assert line.endswith("\x1b[J") and len(line) - 3 < max(columns, 1), "the text is cut, so that it does not go on in a second line"
+    return [[tuple(map(int, colour.split(";")[1:])) for colour in row] for row in pixels], line
+
+
+@pytest.mark.cli
+def test_two_pixels_share_a_character(monkeypatch, capsys):
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
+    look = lambda columns, lines, **options: np.array(shown_in(columns, lines, image, monkeypatch, capsys, **options)[0])
+    assert (look(8, 5) == image).all(), "the upper pixel is the colour in front, the lower one that behind"
+    assert (look(5, 4) == image).all(), "a window in which it just fits"
+    assert (look(11, 7) == image.repeat(2, 0).repeat(2, 1)).all(), "in a large window, pixels are enlarged by a whole number"
+    small = look(40, 3)  # 4 of 6 rows
+    assert small.shape == (4, 3, 3) and (small == image[[0, 1, 3, 4]][:, [0, 1, 3]]).all(), "rows and columns are left out evenly"
+    for columns, lines in ((40, 1), (1, 1), (0, 0)):
+        assert not len(look(columns, lines)), "a window without room for a picture is no error"
+    levels = [0, 95, 135, 175, 215, 255]  # of the 216 colours that every terminal with 256 has
+    nearest = lambda value: min(range(6), key=lambda i: abs(levels[i] - int(value)))
+    expected = [[[16 + 36 * nearest(r) + 6 * nearest(g) + nearest(b)] for r, g, b in row] for row in image]
+    assert (look(8, 5, colours="") == np.array(expected)).all(), "without COLORTERM: the nearest of 256 colours"
+
+
+class Keyboard:
+    """A screen of curses: gives out keys when the picture of a frame was shown. keys: {number of the frame: keys}."""
+
+    def __init__(self, keys):
+        self.keys, self.frame, self.waits = {t: list(k) for t, k in keys.items()}, -1, []
+
+    def timeout(self, milliseconds):
+        self.waits.append(milliseconds)
+        assert len(self.waits) < 3000, "it never ends"
+
+    def getch(self):
+        left = self.keys.get(self.frame)
+        if not left:
+            time.sleep(self.waits[-1] / 1000)
+        return left.pop(0) if left else -1
+
+
+def played(monkeypatch, keys, action_dim=2, one_hot=False, context=0, num_frames=None, fps=1e6):
+    """`play` with a model that records -> actions that reached the model, frame by frame, for every world; the lines that
+    were shown; what was kept; the keyboard. Keys are pressed when the frame with that number (counted over all worlds) is
+    on the screen."""
+    curses = pytest.importorskip("curses")
+    keyboard, kept, lines, worlds = Keyboard(keys), [], [], []
+
+    def world(number, actions):
+        assert number == len(worlds), "r goes on to the next world"
+        spy = Spy(action_dim=action_dim)
+        worlds.append(spy)
+        rows = itertools.chain(torch.full((context, 1, action_dim), 9.0), actions)
+        return df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 2), num_frames, torch.zeros(1, context, 3, 8, 8), actions=rows)
+
+    def keep(images):
+        kept.append(images)
+        keyboard.frame += 1
+
+    monkeypatch.setattr(curses, "wrapper", lambda loop: loop(keyboard))
+    monkeypatch.setattr(curses, "curs_set", lambda visible: None)
+    monkeypatch.setattr(sample, "draw", lambda image, line: lines.append(line))
+    with monkeypatch.context() as m:
+        m.setattr(sample.signal, "signal", lambda *_: None)
+        sample.play(world, action_dim, one_hot, fps, keep)
+    told = [[call["actions"][0, -1].tolist() for call in spy.calls[::2]] for spy in worlds]  # 2 calls for each frame
+    return told, lines, kept, keyboard
+
+
+@pytest.mark.cli
+def test_an_arrow_is_the_action_of_the_next_frame_and_of_no_other(monkeypatch):
+    curses = pytest.importorskip("curses")
+
+    left, right, up, down = curses.KEY_LEFT, curses.KEY_RIGHT, curses.KEY_UP, curses.KEY_DOWN
+    (told,), lines, kept, _ = played(monkeypatch, {1: [left], 3: [right], 4: [up], 5: [down], 7: [up, right], 8: [left, right],
+                                                   9: [ord("x"), ord("1"), curses.KEY_RESIZE], 10: [ord("q")]})
+    expected = {2: [-1, 0], 4: [1, 0], 5: [0, -1], 6: [0, 1], 8: [1, -1]}  # y is down; two arrows are a diagonal
+    for t in range(11):
+        assert told[t] == expected.get(t, [0, 0]), f"frame {t}: a key shows in the next frame, and only there"
+    assert len(kept) == 11 and kept[0].shape == (1, 8, 8, 3) and kept[0].dtype == np.uint8, "each frame is kept once"
+    assert any(line.endswith("action 1 -1") for line in lines) and "arrows" in lines[0] and "frames/s" in lines[0], lines[-1]
+    (told,), *_ = played(monkeypatch, {0: [up], 1: [right], 2: [ord("q")]}, action_dim=1)
+    assert told[1:] == [[0], [1]], "with a single action, up and down are unknown keys"
+
+
+@pytest.mark.cli
+def test_a_digit_is_held_until_the_next(monkeypatch):
+    curses = pytest.importorskip("curses")
+
+    keys = {1: [ord("2")], 3: [ord("7"), curses.KEY_LEFT], 4: [ord("1"), ord("0")], 6: [ord("1")], 7: [ord("r")], 9: [ord("q")]}
+    (told, anew), lines, *_ = played(monkeypatch, keys, action_dim=3, one_hot=True)
+    assert [row.index(1) for row in told] == [0, 0, 2, 2, 2, 0, 0, 1], "idle is action 0; a 7 of 3 actions, and an arrow, mean nothing"
+    assert all(sum(row) == 1 for row in told + anew), "always one of them"
+    assert [row.index(1) for row in anew] == [0, 0], "a new world begins with action 0"
+    assert "0 to 2" in lines[0] and any(line.endswith("action 0 0 1") for line in lines), "the line tells the keys and the action"
+
+
+@pytest.mark.cli
+def test_space_pauses_r_starts_anew_and_q_ends(monkeypatch):
+    space, r, q = map(ord, " rq")
+    (told,), lines, kept, keyboard = played(monkeypatch, {2: [space, -1, -1, -1, space], 3: [q]})
+    assert len(kept) == 4 and len(lines) >= 9, "while it pauses, no frame is made, and the picture is drawn again (the window may change)"
+    assert max(keyboard.waits) == 100, "a pause waits, and does not run in circles"
+    worlds, _, kept, _ = played(monkeypatch, {2: [r], 7: [r], 11: [q]}, context=2)
+    assert [len(told) for told in worlds] == [1, 3, 2] and len(kept) == 12, "frames of context are shown, but cost no calls"
+    assert all(told[0] == [0, 0] for told in worlds), "the actions of the context are not those of the keys"
+    worlds, _, kept, _ = played(monkeypatch, {8: [q]}, num_frames=3)
+    assert [len(told) for told in worlds] == [3, 3, 3], "with --frames, each world has that length"
+    *_, keyboard = played(monkeypatch, {3: [q]}, fps=20)
+    assert 30 < np.median(keyboard.waits) <= 50, "at most --fps: it waits for keys until a frame was seen long enough"
+
+
+class Terminal:
+    """A terminal (pty) with a program in it: send keys, wait for what it shows, look at its mode."""
+
+    def __init__(self, *words, cwd, in_a_shell=False):
+        pty, self.termios, self.fcntl = map(pytest.importorskip, ("pty", "termios", "fcntl"))
+        self.fd, inside = pty.openpty()
+        self.resize(24, 80)
+        self.before, self.shown = self.termios.tcgetattr(self.fd), b""
+        shell = ["sh", "-c", 'set -m; "$@"; echo halted; read line; fg', "sh"] * in_a_shell  # only a shell can halt a program
+        self.process = subprocess.Popen(
+            [*shell, sys.executable, HERE / "sample.py", *map(str, words)], cwd=cwd, stdin=inside, stdout=inside, stderr=inside,
+            start_new_session=True, preexec_fn=lambda: self.fcntl.ioctl(0, self.termios.TIOCSCTTY, 0),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLORTERM": "truecolor"})
+        os.close(inside)
+
+    def resize(self, lines, columns):
+        self.fcntl.ioctl(self.fd, self.termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def wait_for(self, text, seconds=60):
+        """Reads on until it has shown `text` once more."""
+        start, end = len(self.shown), time.monotonic() + seconds
+        while text.encode() not in self.shown[start:]:
+            assert time.monotonic() < end, f"never shown: {text!r}\n{self.shown[-500:]}"
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self.fd, 65536)
+                except OSError:  # the program has ended
+                    assert text.encode() in self.shown[start:], f"never shown: {text!r}\n{self.shown[-500:]}"
+
+    def send(self, keys):
+        os.write(self.fd, keys.encode())
+
+    def restored(self):
+        """Is the keyboard as it was, and the normal screen shown, with a cursor?"""
+        return (self.termios.tcgetattr(self.fd)[:4] == self.before[:4] and
+                self.shown.rindex(b"\x1b[?1049l") > self.shown.rindex(b"\x1b[?1049h") and
+                self.shown.rindex(b"\x1b[?25h") > self.shown.rindex(b"\x1b[?25l"))
+
+
+@pytest.fixture(scope="module")
+def world_to_play(tmp_path_factory):
+    path = tmp_path_factory.mktemp("play") / "world.pt"
+    model = random_denoiser(action_dim=2)
+    df.save_checkpoint(path, model.config, model.state_dict(), one_hot=False)
+    return path
+
+
+@pytest.mark.cli
+def test_a_world_is_played_in_a_terminal(world_to_play, tmp_path):
+    flags = ("--ckpt", world_to_play, "--play", "--steps", 2, "--device", "cpu")
+    one, two, three, four = (Terminal(*flags, "--out", f"{i}.npy", cwd=tmp_path, in_a_shell=i == 0) for i in range(4))
+    for terminal in (two, three, four, one):
+        terminal.wait_for("action 0 0")
+    assert b"\x1b[?1049h" in one.shown and b"\x1b[?25l" in one.shown, "on the other screen, without a cursor"
+    assert not one.termios.tcgetattr(one.fd)[3] & (one.termios.ICANON | one.termios.ECHO), "keys come at once, and are not shown"
+    for keys, action in (("\x1bOA", "0 -1"), ("\x1bOB", "0 1"), ("\x1bOC", "1 0"), ("\x1bOD", "-1 0")):  # up down right left
+        one.send(keys)
+        one.wait_for(f"action {action}\x1b[J")
+        one.wait_for("action 0 0")
+    one.resize(3, 5)
+    one.wait_for("arro\x1b[J")  # all that a window of 5 columns has room for
+    one.resize(24, 80)
+    one.wait_for("action 0 0")
+    one.send("x\x1a")  # an unknown key; Ctrl-Z
+    one.wait_for("halted")
+    assert one.restored(), "while it is halted, the shell has its terminal as it was"
+    one.send("\n")
+    one.wait_for("action 0 0")
+    one.send("q")
+    two.send("\x03")
+    os.kill(three.process.pid, signal.SIGTERM)
+    os.close(four.fd)
+    for i, (terminal, end, status) in enumerate(((one, "q", 0), (two, "Ctrl-C", 0), (three, "SIGTERM", 128 + signal.SIGTERM))):
+        terminal.wait_for("\x1b[?1049l")
+        assert terminal.process.wait(60) == status, f"{end}: exit status {terminal.process.returncode}"
+        assert terminal.restored(), f"{end}: the terminal is not as it was before"
+        assert b"Traceback" not in terminal.shown, f"{end}: {terminal.shown[-500:]}"
+        os.close(terminal.fd)
+    assert four.process.wait(60) == 128 + signal.SIGHUP, "its window was closed"
+    for i in range(4):
+        video = np.load(tmp_path / f"{i}.npy")
+        assert len(video) > 0 and video.shape[1:] == (8, 8, 3), f"{i}: --out keeps what was played, however it ends"
+
+
+@pytest.mark.cli
+def test_what_cannot_be_played_is_told_in_one_line(world_to_play, tmp_path, monkeypatch):
+    def said(*words, ckpt=world_to_play):
+        line = here(sample, "--ckpt", ckpt, "--play", "--device", "cpu", *words, cwd=tmp_path, code=2)
+        assert line.startswith("error: ") and line.count("\n") == 1, line
+        return line
+
+    assert "needs a terminal" in said(), "standard input and output are no terminal here"
+    monkeypatch.setattr(sample.os, "isatty", lambda fd: True)
+    for name, options in (("still", {}), ("both", dict(action_dim=2, causal=False))):
+        model = random_denoiser(**options)
+        df.save_checkpoint(tmp_path / f"{name}.pt", model.config, model.state_dict())
+    assert "without actions" in said(ckpt="still.pt") and "both ways" in said(ckpt="both.pt")
+    assert "--actions" in said("--actions", "a.npy") and "autoregressive" in said("--schedule", "pyramid")
+    assert not list(tmp_path.glob("*.mp4")), "without --out, nothing is written"
+    monkeypatch.setattr(sample.os, "name", "nt")
+    assert "Linux or macOS" in said()
 
 
 @pytest.mark.cli

@@ -75,9 +75,9 @@ BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 2
 
 def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=8, speed=SPEED,
                    push=None):
-    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3). push (N, T, 2) holds
-    -1, 0 or 1, to the right and down: if push[:, t] is not (0, 0), the red ball goes on in that
-    direction, at 1 pixel a frame, before it moves into frame t."""
+    """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3). push (N, T, 2) of
+    -1, 0 and 1, to the right and down: where push[:, t] is not (0, 0), the red ball turns to that
+    direction, with a speed of 1 pixel a frame, before it moves into frame t."""
     need(size >= 4 * radius, f"size is {size}; two balls need {4 * radius:.0f} pixels or more")
     angle = rng.uniform(0, 2 * np.pi, (num_clips, 2))
     v = np.stack([np.cos(angle), np.sin(angle)], -1)  # (N, ball, xy)
@@ -87,15 +87,10 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=
         p[overlap] = rng.uniform(radius, size - radius, (overlap.sum(), 2, 2))
     pixel, clips = np.arange(size) + 0.5, []
     for t in range(num_frames):
-        dx, dy = pixel - p[..., 0, None], pixel - p[..., 1, None]  # (N, ball, size) each
-        distance = np.sqrt(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2)
-        cover = np.clip(radius + 0.5 - distance, 0, 1)  # an edge one pixel wide
-        image = BACKGROUND + np.einsum("nkhw,kc->nhwc", cover, COLOURS)
-        clips.append(np.minimum(image, 255).round().astype(np.uint8))
-        if push is not None and t + 1 < num_frames:
-            length = np.linalg.norm(push[:, t + 1], axis=-1, keepdims=True)  # (N, 1)
-            v[:, 0] = np.where(length > 0, push[:, t + 1] / np.maximum(length, 1), v[:, 0])
-        for _ in range(substeps):
+        if push is not None and t > 0:
+            norm = np.linalg.norm(push[:, t], axis=-1, keepdims=True)  # (N, 1)
+            v[:, 0] = np.where(norm > 0, push[:, t] / np.maximum(norm, 1), v[:, 0])
+        for _ in range(substeps if t > 0 else 0):
             p = p + v / substeps
             low, high = p < radius, p > size - radius  # walls mirror
             p = np.where(low, 2 * radius - p, np.where(high, 2 * (size - radius) - p, p))
@@ -106,6 +101,11 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=
             approach = ((v[:, 0] - v[:, 1]) * normal).sum(-1, keepdims=True)
             swap = np.where((distance < 2 * radius) & (approach > 0), approach, 0) * normal
             v = v + np.stack([-swap, swap], 1)  # speeds along the line of centres are swapped
+        dx, dy = pixel - p[..., 0, None], pixel - p[..., 1, None]  # (N, ball, size) each
+        distance = np.sqrt(dx[:, :, None, :] ** 2 + dy[:, :, :, None] ** 2)
+        cover = np.clip(radius + 0.5 - distance, 0, 1)  # an edge one pixel wide
+        image = BACKGROUND + np.einsum("nkhw,kc->nhwc", cover, COLOURS)
+        clips.append(np.minimum(image, 255).round().astype(np.uint8))
     return np.stack(clips, 1)
 
 
@@ -118,10 +118,11 @@ class Balls:
         self.size, self.action_dim, self.one_hot = s.size[0], 0 if s.no_push else 2, False
 
     def batch(self, rng, n, num_frames, held=False):
-        push = rng.integers(-1, 2, (n, num_frames, 2))[..., :self.action_dim]
-        push = push * (rng.random((n, num_frames, 1)) < PUSHED)  # in the other frames: (0, 0)
+        push = np.zeros((n, num_frames, self.action_dim), np.float32)
+        if self.action_dim:
+            push += rng.integers(-1, 2, push.shape) * (rng.random((n, num_frames, 1)) < PUSHED)
         clips = bouncing_balls(n, num_frames, rng, self.size, push=push if push.size else None)
-        return clips, push.astype(np.float32)
+        return clips, push
 
 
 class Clips:

@@ -4,6 +4,7 @@
         each on one core, on clips of 16 frames, rolls out 16, 64 and 256 frames, prints a table
     python assets/compare.py --ckpt assets/balls.pt      rolls a model out in many ways; several
         models are several seeds: each figure is then their mean
+    python assets/compare.py --ckpt model.pt --push      how well a model obeys pushes; push.gif
     python assets/compare.py --slow                      balls that hardly move: how far they get
     python assets/compare.py --matrix                    draws three scheduling matrices
 
@@ -162,7 +163,8 @@ def sample(ckpt, options, contexts, name, args):
 
 
 def roll_out(ckpt, options, args, context="context"):
-    """-> clips (N, T, H, W, 3), each from 4 real frames or, with --batch, from nothing."""
+    """-> clips (N, T, H, W, 3), each from 4 real frames or, with --batch, from nothing. Actions are
+    in the side files of the contexts, if there are any."""
     contexts = [args.out / f"{context}_{i}.npy" for i in range(CLIPS)]
     path = sample(ckpt, options, [] if "--batch" in options else contexts, "r", args)
     files = [path / f"r_{i}.npy" for i in range(len(list(path.glob("r_*.npy"))))]
@@ -173,6 +175,54 @@ def seconds(ckpt, options, args):
     """-> seconds for each frame of one clip, on one core, as the progress bar of sample.py says."""
     path = sample(ckpt, options, [args.out / "context_0.npy"], "one", args)
     return 1 / float(re.findall(r"([\d.]+) frames/s", (path / "one.txt").read_text())[-1])
+
+
+def push_errors(clip, push):
+    """Clip (T, H, W, 3) and its pushes (T, 2) -> degrees between each push and the next step of the
+    red ball, away from walls and from the other ball."""
+    p, size = find(clip)[0], clip.shape[1]
+    t = np.flatnonzero(push.any(1))
+    t = t[t > CONTEXT]
+    before, step, far = p[t - 1], p[t, 0] - p[t - 1, 0], RADIUS + FASTEST
+    clear = ((before[:, 0] > far) & (before[:, 0] < size - far)).all(1)
+    clear &= np.linalg.norm(before[:, 0] - before[:, 1], axis=-1) > 2 * far
+    length = np.linalg.norm(step, axis=1) * np.linalg.norm(push[t], axis=1)
+    cosine = (step * push[t]).sum(1) / np.maximum(length, 1e-9)
+    return np.degrees(np.arccos(cosine.clip(-1, 1)))[clear]
+
+
+def pushes(ckpts, args):
+    """How well models obey pushes, one in every eighth frame; and a video of it, push.gif."""
+    rng = np.random.default_rng(97)
+    push = np.array([d for d in itertools.product((-1, 0, 1), repeat=2) if any(d)])
+    push = push[rng.integers(8, size=(CLIPS, LENGTHS[-1]))] * (np.arange(LENGTHS[-1]) % 8 == 0)[:, None]
+    real = bouncing_balls(CLIPS, LENGTHS[-1], rng, push=push)
+    for i in range(CLIPS):
+        np.save(args.out / f"push_{i}.npy", real[i, :CONTEXT])
+        np.save(args.out / f"push_{i}.actions.npy", push[i])
+    rows = {("real balls", ""): real} | {
+        (ckpt.name, way): roll_out(ckpt, way, args, "push")
+        for ckpt in ckpts for way in (FRAMEWISE, PYRAMID)}
+    print("| model | sample.py | pushes | degrees off (median) | within 30 degrees |\n|-|-|-|-|-|")
+    for (name, way), clips in rows.items():
+        off = np.concatenate([push_errors(clip, p) for clip, p in zip(clips, push)])
+        print(f"| {name} | {way} | {len(off)} | {np.median(off):.1f} | {np.mean(off < 30):.3f} |")
+    draw_pushes(clips[0], push[0], args.out / "push.gif")
+
+
+def draw_pushes(clip, push, path, scale=4, frames=4):
+    """A clip as .gif. An arrow shows a push for some frames, from the middle of the red ball on."""
+    p, video = find(clip)[0], clip.repeat(scale, 1).repeat(scale, 2)
+    along = np.linspace(0, 1, 40)[:, None]
+    for t in np.flatnonzero(push.any(1)):
+        for image, centre in zip(video[t : t + frames], p[t : t + frames, 0]):
+            ahead = push[t] / np.linalg.norm(push[t])
+            side, tip = ahead[::-1] * (1, -1), centre + 7 * ahead
+            for tail in (centre, tip - 2 * ahead + 2 * side, tip - 2 * ahead - 2 * side):
+                x, y = (scale * (tail + along * (tip - tail))).round().astype(int).T
+                inside = (x >= 0) & (y >= 0) & (x < image.shape[1]) & (y < image.shape[0])
+                image[y[inside], x[inside]] = 255
+    iio.imwrite(path, video, duration=1000 / 15, loop=0)
 
 
 def slow(args):
@@ -245,6 +295,7 @@ def main():
     p.add_argument("--jobs", type=int, default=1, help="how many at once, each on one core (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
     p.add_argument("--ckpt", type=Path, nargs="+", help="measure these models, and train none")
+    p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
     p.add_argument("--slow", action="store_true", help="measure balls that hardly move instead")
     p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
@@ -258,12 +309,15 @@ def main():
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
     ckpts = [path.resolve() for path in args.ckpt or []]
+    if args.push:
+        return pushes(ckpts, args)
     names = ", ".join(path.stem for path in ckpts)
     wanted = [(names, range(len(ckpts)), WAYS + MORE * (len(ckpts) == 1))] if ckpts else RUNS
     jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(dict.fromkeys((name, seed) for name, _, seed in jobs))
-        models = dict(zip(runs, ckpts or pool.map(lambda run: train(*run, args), runs)))
+        models = dict(zip(runs, ckpts or pool.map(
+            lambda run: train(*run, args, ["--no-push"]), runs)))
         clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args), jobs)
         rows = {("none: real balls", "none"): [real], ("none: other balls", "none"): [other]}
         for (name, way, _), x in zip(jobs, clips):
