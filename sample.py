@@ -445,12 +445,13 @@ def main():
             model, matrix, args.frames, context, period=period, actions=actions,
             batch_size=batch_size, solver=args.solver,
             generator=torch.Generator(args.device).manual_seed(seed))
-        frames = None if args.play else roll(context, actions, args.seed, args.batch)
+        # raises at once what is wrong; --play has its own rollouts, with actions from the keys
+        frames = roll(context, () if args.play else actions, args.seed, args.batch)
 
-    def world(number, keys):
-        i = number % args.batch
-        rows = actions[i : i + 1, : args.context_frames].cpu().unbind(1)
-        return roll(None if context is None else context[i : i + 1], itertools.chain(rows, keys),
+    def world(number, keys):  # the next context, or the next seed
+        i = slice(number % args.batch, number % args.batch + 1)
+        given = actions[i, : args.context_frames].cpu().unbind(1)
+        return roll(None if context is None else context[i], itertools.chain(given, keys),
                     args.seed + number, 1)
 
     bar = tqdm(frames, desc=str(args.out), total=args.frames, unit=" frames", disable=args.play)

@@ -2778,6 +2778,8 @@ def test_what_cannot_be_played_is_told_in_one_line(world_to_play, tmp_path, monk
         model = random_denoiser(**options)
         df.save_checkpoint(tmp_path / f"{name}.pt", model.config, model.state_dict())
     assert "without actions" in said(ckpt="still.pt") and "both ways" in said(ckpt="both.pt")
+    write(tmp_path / "clip.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    assert "it counts the 4 frames of context" in said("--context", "clip.npy", "--frames", 3)
     assert "--actions" in said("--actions", "a.npy") and "autoregressive" in said("--schedule", "pyramid")
     assert not list(tmp_path.glob("*.mp4")), "without --out, nothing is written"
     monkeypatch.setattr(sample.os, "name", "nt")
