@@ -2217,7 +2217,7 @@ def test_a_run_on_a_folder_is_resumed_on_that_folder(tmp_path, monkeypatch):
     assert "1 clips" in train_here(monkeypatch, tmp_path, *"--steps 2 --resume".split()), "--resume goes on with the same --data"
     (tmp_path / "b").rename(tmp_path / "clips" / "a.actions.npy")
     said = train_here(monkeypatch, tmp_path, *"--steps 3 --resume".split(), code=2)
-    assert "has 1 actions, unlike when the run began" in said, "new actions do not fit the old model: one line says so"
+    assert "actions of 1 numbers, but the run began with 0" in said, "new actions do not fit the old model: one line says so"
 
 
 @pytest.mark.cli
@@ -2763,6 +2763,31 @@ def test_a_world_is_played_in_a_terminal(world_to_play, tmp_path):
     for i, end in enumerate(("q", "Ctrl-C", "a closed window")):
         video = np.load(tmp_path / f"{i}.npy")
         assert len(video) > 0 and video.shape[1:] == (8, 8, 3), f"{end}: --out keeps what was played"
+
+
+@pytest.mark.cli
+def test_each_world_to_play_has_its_own_beginning(world_to_play, tmp_path, monkeypatch):
+    calls, told = [], {}
+    for i, name in enumerate("ab"):
+        write(tmp_path / f"{name}.npy", np.full((4, 8, 8, 3), 100 * i, np.uint8))
+        np.save(tmp_path / f"{name}.actions.npy", np.full((4, 2), 5.0 + i))
+
+    def rollout(model, matrix, num_frames, context, *, actions, generator, **options):
+        calls.append((matrix, context, list(actions), generator.initial_seed(), options))
+        return iter(())
+
+    monkeypatch.setattr(sample, "rollout", rollout)
+    monkeypatch.setattr(sample.os, "isatty", lambda fd: True)
+    monkeypatch.setattr(sample, "play", lambda world, action_dim, one_hot, fps, keep: [
+        told.update(action_dim=action_dim, one_hot=one_hot, fps=fps), *(world(n, iter(["keys"])) for n in range(3))])
+    here(sample, "--ckpt", world_to_play, *"--play --device cpu --seed 7 --context a.npy b.npy --context-frames 2 --fps 9".split(), cwd=tmp_path)
+    assert told == dict(action_dim=2, one_hot=False, fps=9)
+    for n, (matrix, context, actions, seed, options) in enumerate(calls[1:]):  # the first only looks for mistakes
+        assert torch.equal(matrix, df.scheduling_matrix("autoregressive", 1, sample.STEPS)) and not options["period"], "no frame ahead"
+        assert context.shape == (1, 2, 3, 8, 8) and sample.to_bytes(context).max() == 100 * (n % 2), "contexts take turns"
+        assert [a.unique().tolist() for a in actions[:-1]] == [[5 + n % 2]] * 2 and actions[-1] == "keys", "context first, then the keys"
+        assert seed == 7 + n and options["batch_size"] == 1, "each world has a seed of its own"
+    assert not list(tmp_path.glob("*.mp4")), "without --out, nothing is kept"
 
 
 @pytest.mark.cli

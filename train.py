@@ -401,7 +401,8 @@ def main():
             everywhere(0)
         model = model if saved else new_model(s, data, model)
         need(data.action_dim == model.config.action_dim,
-             f"--data {s.data} has {data.action_dim} actions, unlike when the run began")
+             f"actions of {data.action_dim} numbers, but the run began with "
+             f"{model.config.action_dim}: other clips, or another --no-push?")
     config = model.config
     model = model.to(s.device).train()
     ema = copy.deepcopy(model).to(s.device).eval()  # .to packs the weights of a GRU again
