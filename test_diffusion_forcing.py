@@ -1517,13 +1517,13 @@ def test_training_draws_pushes_and_one_argument_leaves_them_out(monkeypatch):
     from compare import push_errors
 
     s = settings(size=(32, 32), no_push=False)
-    clips, push = train.Balls(s).batch(np.random.default_rng(0), 400, 16)
-    assert train.Balls(s).action_dim == 2 and push.shape == (400, 16, 2), "an action is (dx, dy)"
-    counts = np.unique(push.reshape(-1, 2), axis=0, return_counts=True)[1] / (400 * 16)
+    clips, push = train.Balls(s).batch(np.random.default_rng(0), 200, 16)
+    assert train.Balls(s).action_dim == 2 and push.shape == (200, 16, 2), "an action is (dx, dy)"
+    counts = np.unique(push.reshape(-1, 2), axis=0, return_counts=True)[1] / (200 * 16)
     expected = np.full(9, 1 / 72) + [0, 0, 0, 0, 7 / 8, 0, 0, 0, 0]
-    assert np.allclose(counts, expected, atol=0.006), "a push in one frame of eight, uniform over the nine directions"
+    assert np.allclose(counts, expected, atol=0.009), "a push in one frame of eight, uniform over the nine directions"
     off = np.concatenate([push_errors(clip, p) for clip, p in zip(clips, push)])
-    assert len(off) > 50 and off.max() < 3, "row t of the actions is the push that leads to frame t"
+    assert len(off) > 20 and off.max() < 3, "row t of the actions is the push that leads to frame t"
     plain = train.Balls(settings(size=(32, 32), no_push=True))
     clips, push = plain.batch(np.random.default_rng(0), 3, 8)
     assert plain.action_dim == 0 and push.shape == (3, 8, 0), "--no-push: no actions"
