@@ -303,8 +303,9 @@ def play(world, action_dim, one_hot, fps, keep):
             due = max(due + 1 / fps, times[-1])
             rate, key = (len(times) - 1) / max(times[-1] - times[0], 1e-3), None
             while key != -1 or paused or time.monotonic() < due:  # -1: no key was pressed in time
+                shown = [told.argmax()] if one_hot else told[0]
                 draw(images[0], f"{keys} | space: pause | r: anew | q: end | {rate:.0f} frames/s | "
-                     f"action {' '.join(f'{a:g}' for a in told[0].tolist())}")
+                     f"action {' '.join(f'{number:g}' for number in shown)}")
                 screen.timeout(100 if paused else max(0, round(1000 * (due - time.monotonic()))))
                 key = screen.getch()
                 if key == ord("q"):
