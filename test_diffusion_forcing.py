@@ -559,7 +559,7 @@ def test_a_step_goes_to_the_level_in_the_matrix_and_adds_nothing(K):
     """D = 0: a frame at sigma is its first noise, shrunk by sigma / sigma_max; the network sees just that."""
     spy, K = Spy(), torch.tensor(K)
     df.sample(spy, K)
-    sigmas, first = df.karras_sigmas(4, spy.config), {}
+    first = {}
     for call in spy.calls:
         start = call["state"] or 0
         for i in range(call["commit"], call["x"].shape[1]):
@@ -1642,10 +1642,11 @@ def test_nothing_is_measured_that_was_made_in_another_way(monkeypatch, tmp_path)
     for minutes in (0.1, 0.1, 4):
         ckpt = compare.train("--temporal gru", 0, Namespace(out=tmp_path, minutes=minutes))
     assert [words[words.index("--minutes") + 1] for words in done] == ["0.1", "4"], "the same once, another anew"
+    assert all("--no-push" in words for words in done), "the paper's claim is measured on balls that nobody pushes"
     ckpt.write_bytes(b"")
     np.save(compare.folder(Namespace(out=tmp_path), ckpt.parent.name, "sample --steps 3") / "r_0.npy", np.zeros((1, 2, 2, 3), np.uint8))
-    for time in (1, 1, 2):
-        os.utime(ckpt, (time, time))
+    for when in (1, 1, 2):
+        os.utime(ckpt, (when, when))
         compare.roll_out(ckpt, "--steps 3", Namespace(out=tmp_path))
     assert len(done) == 4, "a model is rolled out once, and again when it was trained again"
 

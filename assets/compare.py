@@ -142,8 +142,8 @@ def folder(args, *names):
     return path
 
 
-def train(options, seed, args, data=()):
-    """-> the checkpoint of a run."""
+def train(options, seed, args, data=("--no-push",)):
+    """-> the checkpoint of a run, by default on balls that nobody pushes."""
     path = folder(args, "train", options, "seed", seed)
     call("train.py", [*options.split(), *data, "--minutes", args.minutes, "--seed", seed,
                       "--device", "cpu", "--out", path / "model.pt", "--overwrite"],
@@ -316,8 +316,7 @@ def main():
     jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(dict.fromkeys((name, seed) for name, _, seed in jobs))
-        models = dict(zip(runs, ckpts or pool.map(
-            lambda run: train(*run, args, ["--no-push"]), runs)))
+        models = dict(zip(runs, ckpts or pool.map(lambda run: train(*run, args), runs)))
         clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args), jobs)
         rows = {("none: real balls", "none"): [real], ("none: other balls", "none"): [other]}
         for (name, way, _), x in zip(jobs, clips):
