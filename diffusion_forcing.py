@@ -43,8 +43,8 @@ Departures from the paper: sigma, preconditioning, weighting and steps without r
 of EDM (Karras et al., arXiv 2206.00364), not those of DDPM; the weights of the loss are learned;
 a step may use the D of the last step (DPM-Solver++); attention with a cache can take the place of
 the GRU, which works at every place of a U-Net (in the paper it is convolutional); rows of the
-matrix are in the order of sampling (in the paper, reversed); noise on history is really added; in
-half of the training clips, little and much noise take turns.
+matrix are in the order of sampling, not reversed; noise on history is really added; in half of the
+training clips, little and much noise take turns (see sample_noise_levels).
 
 Does not include: autoencoders, text conditioning, guidance, discrete levels of noise. For latents
 in place of pixels, set channels, height and width of Config to theirs and patch = 1, and measure
@@ -66,7 +66,7 @@ from torch import nn
 
 FORCINGS = ("diffusion", "full_sequence", "teacher")
 SCHEDULES = ("autoregressive", "pyramid", "full_sequence")
-SOLVERS = ("euler", "multistep")
+SOLVERS, MIXERS = ("euler", "multistep"), ("attention", "gru")
 
 
 def need(ok, message):
@@ -121,7 +121,7 @@ class Config:
         need(self.height % multiple == self.width % multiple == 0,
              f"frames of {self.height}x{self.width}: multiples of {multiple} are needed "
              f"(patch {self.patch}, {len(self.dim_mults)} resolutions)")
-        need(self.temporal in ("attention", "gru"), f"no mixer {self.temporal!r}")
+        need(self.temporal in MIXERS, f"temporal is {self.temporal!r}; one of {MIXERS} is needed")
         need(self.causal or self.temporal == "attention", "a GRU is always causal")
         need(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} is not even")
         dims = [self.dim * m for m in self.dim_mults]
@@ -152,9 +152,9 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     With forcing "diffusion" and "teacher", every frame has its own sigma, independent of all others
     (paper, Algorithm 1). With "full_sequence", all frames of a clip share one. They are drawn on
     the device of the generator. Raises ValueError for any other forcing.
-    What an action does can only be learned from a noisy frame after a clean one, which is rare. So,
-    with "diffusion", in config.alternating of the clips sigmas below and above the median take
-    turns. Each sigma, by itself, is as likely as before.
+    An exception: what an action does can only be learned from a noisy frame after a clean one, and
+    that is rare. So, with "diffusion", a share config.alternating of the clips is different: there,
+    sigmas below and above the median take turns. The distribution of each sigma stays the same.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
@@ -163,7 +163,7 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     if forcing == "diffusion":
         draw = torch.rand((batch_size, 1), generator=generator, device=device) / config.alternating
         turn = torch.arange(num_frames, device=device) + (draw < 0.5)  # (B,T), odd: little noise
-        normal = torch.where(draw < 1, normal.abs() * (-1) ** turn, normal)
+        normal = torch.where(draw < 1, normal.abs() * (-1) ** turn, normal)  # < 1 in that share
     sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
     return sigma.expand(batch_size, num_frames)
 
@@ -187,12 +187,12 @@ def per_frame(v):
 #    noise at low sigma, and the frame at high sigma. mu is the mean of the data (in EDM: 0).
 
 def edm_scalings(sigma, sigma_data):
-    """-> c_skip, c_out, c_in, c_noise, each like sigma (EDM, Table 1; c_noise: of the ratio)."""
+    """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma (EDM, Table 1)."""
     total = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / total
     c_out = sigma * sigma_data / total.sqrt()
     c_in = 1 / total.sqrt()
-    c_noise = (sigma / sigma_data).log() / 4
+    c_noise = (sigma / sigma_data).log() / 4  # in EDM, of sigma alone
     return c_skip, c_out, c_in, c_noise
 
 

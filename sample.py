@@ -15,6 +15,7 @@ import collections
 import contextlib
 import itertools
 import logging
+import math
 import os
 import re
 import signal
@@ -264,8 +265,9 @@ def draw(image, line):
     zoom = min(columns / image.shape[1], 2 * (lines - 1) / image.shape[0])
     zoom = int(zoom) or zoom
     y, x = ((np.arange(int(n * zoom)) / zoom).astype(int) for n in image.shape[:2])
-    many = os.environ.get("COLORTERM") in ("truecolor", "24bit")  # or else 6 of each of red, green
-    image = image if many else np.searchsorted([48, 116, 156, 196, 236], image, "right")  # and blue
+    many = os.environ.get("COLORTERM") in ("truecolor", "24bit")
+    # or else a terminal has 6 levels of each of red, green and blue: to the nearest
+    image = image if many else np.searchsorted([48, 116, 156, 196, 236], image, "right")
     colour = lambda r, g, b: f"2;{r};{g};{b}" if many else f"5;{16 + 36 * r + 6 * g + b}"
     image, end = image[y][:, x], "\x1b[0m" + "\x1b[K" * (len(x) < columns) + "\r\n"
     rows = ("".join(f"\x1b[38;{colour(*a)};48;{colour(*b)}m\u2580" for a, b in zip(*two)) + end
@@ -306,7 +308,8 @@ def play(world, action_dim, one_hot, fps, keep):
                 shown = [told.argmax()] if one_hot else told[0]
                 draw(images[0], f"{keys} | space: pause | r: anew | q: end | {rate:.0f} frames/s | "
                      f"action {' '.join(f'{number:g}' for number in shown)}")
-                screen.timeout(100 if paused else max(0, round(1000 * (due - time.monotonic()))))
+                left = due - time.monotonic()
+                screen.timeout(100 if paused else max(0, math.ceil(1000 * left)))
                 key = screen.getch()
                 if key == ord("q"):
                     return
@@ -314,6 +317,14 @@ def play(world, action_dim, one_hot, fps, keep):
                 if key in means:
                     chosen = means[key] if one_hot else (chosen + means[key]).clamp(-1, 1)
 
+    def halt(number, _):  # Ctrl-Z: the shell has its terminal until it lets us go on
+        curses.endwin()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        signal.signal(number, halt)
+        curses.doupdate()
+
+    signal.signal(signal.SIGTSTP, halt)  # that of curses runs in any thread, and may never return
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):  # SIGHUP: a closed window
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:

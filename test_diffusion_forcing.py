@@ -2681,7 +2681,8 @@ def test_space_pauses_r_starts_anew_and_q_ends(monkeypatch):
     worlds, _, kept, _ = played(monkeypatch, {8: [q]}, num_frames=3)
     assert [len(told) for told in worlds] == [3, 3, 3], "with --frames, each world has that length"
     *_, keyboard = played(monkeypatch, {3: [q]}, fps=20)
-    assert 30 < np.median(keyboard.waits) <= 50, "at most --fps: it waits for keys until a frame was seen long enough"
+    assert 30 < max(keyboard.waits) <= 50, "at most --fps: it waits for keys until a frame was seen long enough"
+    assert len(keyboard.waits) <= 8, "two waits for a frame are enough: it does not run in circles until the time has come"
 
 
 class Terminal:

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from diffusion_forcing import (FORCINGS, Config, Denoiser, ExpectedLoss, aside,
+from diffusion_forcing import (FORCINGS, MIXERS, Config, Denoiser, ExpectedLoss, aside,
                                diffusion_forcing_loss, load_checkpoint, need, rollout,
                                save_checkpoint)
 from sample import (SCHEDULE_FOR, SOLVER, fail, find_device, in_words, list_images, matrix_for,
@@ -271,7 +271,7 @@ def parse_args():
     add("--lr", type=positive_float, help="learning rate (of the preset)")
     add("--no-push", action="store_true", help="balls that nobody pushes, and no actions")
     add("--window", type=positive, help="frames that attention sees (--clip-frames)")
-    add("--temporal", choices=("attention", "gru"), default="attention", help="(%(default)s)")
+    add("--temporal", choices=MIXERS, default="attention", help="(%(default)s)")
     add("--forcing", choices=FORCINGS, default="diffusion", help="paradigm (%(default)s)")
     add("--context-noise", type=positive_float, default=0.05, help="sigma of the history: in "
         "rollouts, and as the past in teacher forcing (%(default)s)")

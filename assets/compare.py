@@ -195,7 +195,8 @@ def pushes(ckpts, args):
     """How well models obey pushes, one in every eighth frame; and a video of it, push.gif."""
     rng = np.random.default_rng(97)
     push = np.array([d for d in itertools.product((-1, 0, 1), repeat=2) if any(d)])
-    push = push[rng.integers(8, size=(CLIPS, LENGTHS[-1]))] * (np.arange(LENGTHS[-1]) % 8 == 0)[:, None]
+    push = push[rng.integers(8, size=(CLIPS, LENGTHS[-1]))]  # (N,T,2)
+    push[:, np.arange(LENGTHS[-1]) % 8 > 0] = 0
     real = bouncing_balls(CLIPS, LENGTHS[-1], rng, push=push)
     for i in range(CLIPS):
         np.save(args.out / f"push_{i}.npy", real[i, :CONTEXT])
