@@ -152,18 +152,18 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     With forcing "diffusion" and "teacher", every frame has its own sigma, independent of all others
     (paper, Algorithm 1). With "full_sequence", all frames of a clip share one. They are drawn on
     the device of the generator. Raises ValueError for any other forcing.
-    An exception: what an action does can only be learned from a noisy frame after a clean one, and
-    that is rare. So, with "diffusion", a share config.alternating of the clips is different: there,
-    sigmas below and above the median take turns. The distribution of each sigma stays the same.
+    One exception: actions are learned from noisy frames after clean ones, and those are rare. So,
+    with "diffusion", in config.alternating of the clips sigmas below and above the median take
+    turns. The distribution of each sigma stays the same.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
     device = generator.device if generator else None
     normal = torch.randn(shape, generator=generator, device=device)
     if forcing == "diffusion":
-        draw = torch.rand((batch_size, 1), generator=generator, device=device) / config.alternating
-        turn = torch.arange(num_frames, device=device) + (draw < 0.5)  # (B,T), odd: little noise
-        normal = torch.where(draw < 1, normal.abs() * (-1) ** turn, normal)  # < 1 in that share
+        draw = torch.rand((batch_size, 1), generator=generator, device=device)
+        turn = torch.arange(num_frames, device=device) + (draw < config.alternating / 2)  # (B,T)
+        normal = torch.where(draw < config.alternating, normal.abs() * (-1) ** turn, normal)
     sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
     return sigma.expand(batch_size, num_frames)
 
@@ -409,7 +409,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
         # not move, and nobody sees it, as no later frame has started. (Two-way: all at once.)
         while not ended and (level(row + 1, joined) < S or not config.causal):
-            new = list(itertools.islice(upcoming, 1))
+            new = list(itertools.islice(upcoming, 1))  # nothing, if the video ends here
             frames, joined, ended = frames + new, joined + len(new), not new
         if ended and given_out == joined:
             return
@@ -435,7 +435,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
                           for name in ("x", "eps", "D"))  # (B,n,C,H,W) each
         told = None if actions is None else torch.stack([f.action for f in frames], 1).to(x)
         D, state = model(x + added * eps, label.expand(B, -1), state, actions=told, commit=finished)
-        # Step: x + (s_next - s) dx/dsigma, dx/dsigma = (x - D) / s. A step to 0 lands on D exactly.
+        # Step: Euler's is x + (s_next - s) (x - D) / s. So written, a step to 0 lands on D exactly.
         D_half = D + ahead * (D - D_last)
         x = D_half + shrink * (x - D_half)
         for i, frame in enumerate(frames):
