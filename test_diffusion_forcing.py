@@ -2693,10 +2693,15 @@ class Terminal:
         self.fd, inside = pty.openpty()
         self.resize(24, 80)
         self.before, self.shown = self.termios.tcgetattr(self.fd), b""
+
+        def own():  # a terminal of its own; and Ctrl-C works, even if these tests run in the background, where it is ignored
+            self.fcntl.ioctl(0, self.termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
         shell = ["sh", "-c", 'set -m; "$@"; echo halted; read line; fg', "sh"] * in_a_shell  # only a shell can halt a program
         self.process = subprocess.Popen(
             [*shell, sys.executable, HERE / "sample.py", *map(str, words)], cwd=cwd, stdin=inside, stdout=inside, stderr=inside,
-            start_new_session=True, preexec_fn=lambda: self.fcntl.ioctl(0, self.termios.TIOCSCTTY, 0),
+            start_new_session=True, preexec_fn=own,
             env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLORTERM": "truecolor"})
         os.close(inside)
 
