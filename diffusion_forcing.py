@@ -7,8 +7,7 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   3. In sampling you choose the mixture. A matrix of levels says how noisy each frame is at each
      step: one row for each step, one column for each frame.
   4. "Frame after frame", "all frames together" and everything between: only the matrix differs.
-  5. Finished frames enter the state of the network. This state does not grow, so that a rollout
-     can go on for ever.
+  5. Finished frames enter the state of the network. It does not grow: a rollout can go on for ever.
 
 Training: sigma, the noise of each frame, in three clips. Sampling: three matrices (S = 4 steps).
 
@@ -21,10 +20,9 @@ Training: sigma, the noise of each frame, in three clips. Sampling: three matric
                                        0 3 4 4           0 1 3 4
                                          ...               ...
 Why history carries noise: generated frames are slightly wrong, and the errors would grow from frame
-to frame. A little noise hides them, and the network is told how much noise there is, so that such a
-history is like those it was trained on. The noise is really added, because in training every frame
-has exactly the noise that its label says. Given frames get it too: history looks always the same.
-The price: fine details of the past are lost. (The paper calls this stabilization.)
+to frame. A little noise hides them, and the network is told how much. The noise is really added,
+because in training every frame has exactly the noise that its label says. Given frames get it too:
+history looks always the same. The price: fine details of the past are lost. (Paper: stabilization.)
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -34,21 +32,20 @@ Glossary
   D               what the denoiser says: the mean of all clean frames that fit the noisy ones
   S, k            sampling steps of one frame; a level k in 0..S, where 0 is clean, S pure noise
   K (M+1, T)      scheduling matrix of M steps: K[m, t] is the level of frame t before step m
-  context         the given frames that a rollout goes on from
+  context         the given frames that a rollout goes on from; a keyframe is given anywhere else
   history         finished frames, and context, as the network sees them: with a little noise
   state           what the network keeps of the history: keys and values, or a hidden state
   in flight       started and not yet finished: the frames that a sampling step works on
 
 Departures from the paper: sigma, preconditioning, weighting and steps without randomness are those
-of EDM (Karras et al., arXiv 2206.00364), not those of DDPM; the weights of the loss are learned;
-a step may use the D of the last step (DPM-Solver++); attention with a cache can take the place of
-the GRU, which works at every place of a U-Net (in the paper it is convolutional); rows of the
-matrix are in the order of sampling, not reversed; noise on history is really added; in half of the
-training clips, little and much noise take turns (see sample_noise_levels).
+of EDM (Karras et al., arXiv 2206.00364), not those of DDPM; loss weights are learned; a step may
+use the D of the last step (DPM-Solver++); attention with a cache can take the place of the GRU,
+which works at every place of a U-Net (paper: convolutional); rows of the matrix are in the order of
+sampling; noise on history is really added; in half of the training clips, noise takes turns.
 
-Does not include: autoencoders, text conditioning, guidance, discrete levels of noise. For latents
-in place of pixels, set channels, height and width of Config to theirs and patch = 1, and measure
-data_mean and sigma_data on them (scale all channels to about the same deviation first).
+Does not include: autoencoders, text conditioning, discrete levels of noise. For latents in place
+of pixels, set channels, height and width of Config to theirs and patch = 1, and measure data_mean
+and sigma_data on them (scale all channels to about the same deviation first).
 """
 
 import itertools
@@ -65,7 +62,7 @@ from torch import nn
 # ==== 1. Config: what training, sampling and network agree on. It travels in the checkpoint. =====
 
 FORCINGS = ("diffusion", "full_sequence", "teacher")
-SCHEDULES = ("autoregressive", "pyramid", "full_sequence")
+SCHEDULES = ("autoregressive", "pyramid", "full_sequence", "trapezoid")
 SOLVERS, MIXERS = ("euler", "multistep"), ("attention", "gru")
 
 
@@ -77,12 +74,9 @@ def need(ok, message):
 
 @dataclass
 class Config:
-    """Sizes, network and noise. Raises ValueError, with the numbers, for what cannot work.
-
-    All amounts of noise in it are stated for data of standard deviation 0.5, as in EDM;
-    `in_frame_units` is the one place that converts them to the data at hand.
-    """
-
+    """Sizes, network and noise. All amounts of noise in it are stated for data of standard
+    deviation 0.5, as in EDM; `in_frame_units` is the one place that converts them to the data at
+    hand. Raises ValueError, with the numbers, for what cannot work."""
     height: int = 32
     width: int = 32
     channels: int = 3
@@ -97,8 +91,7 @@ class Config:
     dim_mults: tuple = (1, 2)        # ... and their multiples, one for each resolution
     head_dim: int = 16               # channels of one attention head
 
-    # measured on the training clips:
-    sigma_data: float = 0.5          # standard deviation around data_mean
+    sigma_data: float = 0.5          # of the training clips: standard deviation around data_mean
     data_mean: tuple = ()            # mean of each channel; (): zeros
     action_scale: tuple = ()         # root mean square of each action; (): ones
 
@@ -116,16 +109,14 @@ class Config:
         self.action_scale = tuple(float(a) for a in self.action_scale) or (1.0,) * self.action_dim
         for name in ("height", "width", "channels", "clip_frames", "window", "patch", "dim"):
             need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed")
-        need(self.dim_mults, "dim_mults is empty; one number for each resolution is needed")
         multiple = self.patch * 2 ** (len(self.dim_mults) - 1)
         need(self.height % multiple == self.width % multiple == 0,
-             f"frames of {self.height}x{self.width}: multiples of {multiple} are needed "
-             f"(patch {self.patch}, {len(self.dim_mults)} resolutions)")
+             f"frames of {self.height}x{self.width}: multiples of {multiple} are needed")
         need(self.temporal in MIXERS, f"temporal is {self.temporal!r}; one of {MIXERS} is needed")
         need(self.causal or self.temporal == "attention", "a GRU is always causal")
         need(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} is not even")
         dims = [self.dim * m for m in self.dim_mults]
-        need(all(d > 0 and d % 8 == 0 and d % self.head_dim == 0 for d in dims),
+        need(dims and all(d > 0 and d % 8 == 0 and d % self.head_dim == 0 for d in dims),
              f"channels {dims}: multiples of 8 and of head_dim {self.head_dim} are needed")
         need(len(self.data_mean) == self.channels,
              f"data_mean has {len(self.data_mean)} numbers for {self.channels} channels")
@@ -149,12 +140,11 @@ class Config:
 def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", generator=None):
     """-> sigma (B, T) for training, in frame units: ln sigma ~ Normal(P_mean, P_std^2).
 
-    With forcing "diffusion" and "teacher", every frame has its own sigma, independent of all others
-    (paper, Algorithm 1). With "full_sequence", all frames of a clip share one. They are drawn on
-    the device of the generator. Raises ValueError for any other forcing.
+    Every frame has its own sigma, independent of all others (paper, Algorithm 1). With forcing
+    "full_sequence", all frames of a clip share one. The device is that of the generator.
     One exception: actions are learned from noisy frames after clean ones, and those are rare. So,
     with "diffusion", in config.alternating of the clips sigmas below and above the median take
-    turns. The distribution of each sigma stays the same.
+    turns. The distribution of each sigma stays the same. Raises ValueError for another forcing.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
@@ -211,9 +201,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
       "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
       "teacher"        next-frame prediction: the frames before it have context_noise, like history.
-    sigma (B, T) takes the place of the random one. actions (B, T, A): row t is the action that
-    leads to frame t. With an ExpectedLoss, each frame counts as loss / exp(u) + u. Raises
-    ValueError for a sigma that is not above 0, and for shapes that do not fit.
+    sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t. With
+    ExpectedLoss, each frame counts as loss / exp(u) + u. Raises ValueError for what does not fit.
     """
     B, T = x.shape[:2]
     drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
@@ -236,25 +225,26 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
 
 
 class ExpectedLoss(nn.Module):
-    """-> u (B, T): exp(u) is the expected loss of a frame, from its own sigma (B, T) and from the
-    sigma_past (B, T) of the four frames before it. Trained beside the denoiser; not for sampling.
+    """-> u (B, T): exp(u) is the loss to be expected of a frame, from its own sigma (B, T) and from
+    sigma_past (B, T) of the four frames before it (two-way: and after it). Only for training.
 
-    A frame with little noise, or after nearly clean frames, often has a far smaller loss than a
-    noisy one after noisy ones. A plain mean is mostly about the latter; a rollout needs the former.
-    Divided by what is expected, every mixture counts the same. The optimal denoiser stays what it
-    was, as exp(u) does not depend on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.)
+    A frame with little noise, or after nearly clean ones, often has a far smaller loss than others.
+    A plain mean is mostly about the others; a rollout needs the former. Divided by what is
+    expected, every mixture counts the same. The optimal denoiser stays what it was, as exp(u) does
+    not depend on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.)
     """
 
     def __init__(self, config, past=4, width=64):
         super().__init__()
-        self.config, self.past = config, past
-        self.layers = nn.Sequential(nn.Linear(past + 1, width), nn.SiLU(),
+        self.config, self.past, self.ahead = config, past, 0 if config.causal else past
+        self.layers = nn.Sequential(nn.Linear(past + 1 + self.ahead, width), nn.SiLU(),
                                     nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1)))
 
     def forward(self, sigma, sigma_past):
-        nothing = self.config.in_frame_units(self.config.sigma_max)  # before frame 0: pure noise
-        past = F.pad(sigma_past, (self.past, 0), value=nothing)[:, :-1].unfold(1, self.past, 1)
-        sigmas = torch.cat([past, sigma[..., None]], -1)  # (B,T,past+1), its own sigma at the end
+        nothing = self.config.in_frame_units(self.config.sigma_max)  # beyond the clip: pure noise
+        seen = F.pad(sigma_past, (self.past, self.ahead), value=nothing)
+        sigmas = seen.unfold(1, self.past + 1 + self.ahead, 1).clone()  # (B,T,past+1+ahead)
+        sigmas[..., self.past] = sigma
         *_, c_noise = edm_scalings(sigmas, self.config.sigma_data)
         with torch.autocast(sigma.device.type, enabled=False):
             return self.layers(2 * c_noise)[..., 0]  # times 2: about unit variance
@@ -278,25 +268,25 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
+      "trapezoid"       a pyramid from both ends to the middle: for two-way models only
 
-    What a pyramid costs (u <= S): one call of the network serves all frames in flight, about S / u.
-    So T frames take S + floor(u (T - 1)) calls: the first ones fill the pyramid, the last ones
-    drain it. An endless one, rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u),
-    takes u calls for each frame. Raises ValueError for what cannot work.
+    One call of the network serves all frames in flight, in a pyramid about S / u. So T frames take
+    S + floor(u (T - 1)) calls, to fill and to drain it too. An endless one takes u for each frame:
+    rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u).
     """
     need(kind in SCHEDULES, f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
-    need(num_frames >= 1, f"num_frames is {num_frames}; at least 1 is needed")
-    need(num_steps >= 1, f"num_steps is {num_steps}; at least 1 is needed")
+    need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
-    u = {"full_sequence": 0, "autoregressive": num_steps, "pyramid": uncertainty}[kind]
-    start = torch.tensor([math.floor(u * t) for t in range(num_frames)])  # (T,)
-    m = torch.arange(num_steps + int(start[-1]) + 1)  # (M+1,)
+    u = {"full_sequence": 0, "autoregressive": num_steps}.get(kind, uncertainty)
+    last = num_frames - 1 if kind == "trapezoid" else math.inf
+    start = torch.tensor([math.floor(u * min(t, last - t)) for t in range(num_frames)])  # (T,)
+    m = torch.arange(num_steps + int(start.max()) + 1)  # (M+1,)
     return (num_steps + start - m[:, None]).clamp(0, num_steps)
 
 
 def endless_level(matrix, period, row, t):
-    """The level of frame t, counted from the end of the context, in one row of the endless matrix.
-    It is made of copies of `matrix` (a list of rows), one after the other in time. Copy j starts
+    """The level of frame t, counted from the end of the context, in one row of the endless matrix:
+    copies of `matrix` (a list of rows), one after the other in time. Copy j starts
     floor(j * period) rows after copy 0. Before that its frames are at S, and after its end at 0."""
     copy, column = divmod(t, len(matrix[0]))
     row -= math.floor(copy * period)  # as in scheduling_matrix; float32 would round much sooner
@@ -311,20 +301,19 @@ def sample(model, matrix, context=None, **options):
     return torch.stack(list(rollout(model, matrix, num_frames, context, **options)), 1)
 
 
-def rollout(model, matrix, num_frames, context=None, *, period=None, actions=None, batch_size=1,
-            solver="multistep", generator=None, config=None):
+def rollout(model, matrix, num_frames, context=None, *, period=None, keyframes=None, actions=None,
+            batch_size=1, solver="multistep", generator=None, config=None):
     """Algorithm 2 of the paper -> iterator over num_frames frames (B, C, H, W): first the context,
     then each frame as soon as it is finished. Memory and the time for a frame do not grow.
-
     model       anything that is called like Denoiser.forward; config defaults to model.config
     matrix      (M+1, T) integers, from a row of S to a row of 0; see endless_level for period
     period      rows between the starts of two copies; default M: when the last copy is finished
     num_frames  counts the context; None: go on for ever, or until the actions end
     context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
+    keyframes   {t: (B, C, H, W)}, other given frames t of the video, for a two-way model
     actions     (B, num_frames or more, action_dim), or an iterator over (B, action_dim), whose end
                 ends the rollout. Row t leads to frame t, from frame 0 on. It is asked for when
                 frame t joins: after frame t - 1 was given out (in a pyramid, frame t - S / u)
-    solver      "multistep" or "euler"
     A two-way model (causal=False) keeps no state: it can roll out one copy, within its window.
     Raises ValueError for what cannot work, before anything is computed.
     """
@@ -336,27 +325,30 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
         context = next(weights, torch.empty(0)).new_empty(batch_size, 0, *size)
     need(context.ndim == 5 and context.shape[2:] == size and context.is_floating_point(),
          f"context is {context.dtype} {tuple(context.shape)}; floats (B, T, *{size}) are needed")
-    B, given = context.shape[:2]  # given: number of context frames
+    B, num_context = context.shape[:2]
     if torch.is_tensor(actions):
         need(actions.ndim == 3 and actions.shape[::2] == (B, config.action_dim)
              and actions.shape[1] >= (num_frames or 1), f"actions are {tuple(actions.shape)}; "
              f"({B}, {num_frames or 'one row for each frame'}, {config.action_dim}) is needed")
         actions = actions.unbind(1)
-    need(num_frames is None or num_frames >= max(given, 1),
-         f"num_frames is {num_frames}; it counts the {given} frames of context and is at least 1")
+    need(num_frames is None or num_frames >= max(num_context, 1), f"num_frames is {num_frames}; "
+         f"it counts the {num_context} frames of context, and is at least 1")
     need(solver in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed")
     matrix = matrix.cpu()
     period = check_matrix(matrix, period, config.causal)
-    longest = math.inf if config.causal else min(given + matrix.shape[1], config.window)
+    longest = math.inf if config.causal else min(num_context + matrix.shape[1], config.window)
     need((num_frames or math.inf) <= longest, f"num_frames is {num_frames}; a two-way model "
          f"(causal=False) rolls out one copy of the matrix, within its window: here {longest}")
-    return roll(model, matrix.tolist(), num_frames, context, period, actions, solver, generator,
-                config)
+    need(not keyframes or not config.causal, "keyframes need a two-way model (causal=False)")
+    for t, frame in (keyframes := keyframes or {}).items():
+        need(t in range(num_context, num_frames) and frame.shape == (B, *size), f"keyframe {t} is "
+             f"{tuple(frame.shape)}; t in {num_context}..{num_frames - 1}, {(B, *size)} is needed")
+    return roll(model, matrix.tolist(), num_frames, context, keyframes, period, actions, solver,
+                generator, config)
 
 
 def check_matrix(matrix, period, causal):
-    """-> the period, or its default M. Raises ValueError for a matrix or a period that `rollout`
-    cannot use."""
+    """-> the period, or its default M. Raises ValueError for what `rollout` cannot use."""
     need(matrix.ndim == 2 and matrix.numel() and not matrix.is_floating_point(),
          "a scheduling matrix holds integers: one row for each step, one column for each frame")
     need(matrix.max() > 0 and (matrix[0] == matrix.max()).all() and (matrix[-1] == 0).all()
@@ -374,7 +366,6 @@ def check_matrix(matrix, period, causal):
 @dataclass
 class Frame:
     """What `roll` keeps of each frame that is not in the state yet. x, eps, D: (B, C, H, W)."""
-
     t: int                     # its number in the video, context included
     action: torch.Tensor       # (B, A), the one that leads to it; None: there are no actions
     x: torch.Tensor
@@ -383,29 +374,32 @@ class Frame:
     s_last: float = math.inf   # its sigma before that step; infinite: there was none
 
 
-def all_frames(context, num_frames, actions, sigma_max, noise):
-    """-> iterator over every Frame, context first, then pure noise. The action of a frame is asked
-    for with the frame itself. It ends after num_frames, or where the actions end."""
+def all_frames(given, num_frames, actions, sigma_max, noise):
+    """-> iterator over every Frame: as given, {t: x}, or else pure noise. The action of a frame is
+    asked for with the frame itself. It ends after num_frames, or where the actions end."""
     numbers = itertools.count() if num_frames is None else range(num_frames)
     for t, action in zip(numbers, itertools.repeat(None) if actions is None else actions):
-        x = context[:, t] if t < context.shape[1] else sigma_max * noise()
+        x = given[t] if t in given else sigma_max * noise()
         yield Frame(t, action, x, noise(), x)
 
 
 @torch.no_grad()
-def roll(model, matrix, num_frames, context, period, actions, solver, generator, config):
+def roll(model, matrix, num_frames, context, keyframes, period, actions, solver, generator, config):
     """The loop of `rollout`: one network call for each row in which a level changes."""
-    (B, given, *size), S = context.shape, matrix[0][0]
+    (B, num_context, *size), S = context.shape, matrix[0][0]
+    given = dict(enumerate(context.unbind(1))) | {t: x.to(context) for t, x in keyframes.items()}
     sigmas = karras_sigmas(S, config).to(context.dtype)  # (S+1,), on the CPU
-    context_noise = config.in_frame_units(config.context_noise)
     noise = lambda: randn((B, *size), context, generator)
-    level = lambda row, t: endless_level(matrix, period, row, t - given)
+    level = lambda row, t: 0 if t in given else endless_level(matrix, period, row, t - num_context)
 
-    upcoming = all_frames(context, num_frames, actions, float(sigmas[S]), noise)
-    frames, ended, state = list(itertools.islice(upcoming, given)), False, None
-    joined = given_out = len(frames)
-    yield from context[:, :joined].clone().unbind(1)  # copies: the caller may change them
+    upcoming = all_frames(given, num_frames, actions, float(sigmas[S]), noise)
+    frames, ended, state = list(itertools.islice(upcoming, num_context)), False, None
+    joined, given_out = len(frames), 0
     for row in itertools.count():
+        # Give out, in the order of time, what is finished: copies, which the caller may change.
+        while given_out < joined and level(row, given_out) == 0:
+            yield frames[given_out - joined].x.clone()  # counted from the last frame
+            given_out += 1
         # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
         # not move, and nobody sees it, as no later frame has started. (Two-way: all at once.)
         while not ended and (level(row + 1, joined) < S or not config.causal):
@@ -416,11 +410,10 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         now, after = ([level(r, frame.t) for frame in frames] for r in (row, row + 1))
         if now == after:  # nothing moves: no call
             continue
-        # Mark the history: finished frames get context_noise, and the label says so. This is the
-        # first call after they finished: in it they enter the state. (All before them are finished:
-        # `rollout` has checked. A two-way model has no state, and sees them in every call.)
+        # Mark the history: finished frames get context_noise, and the label says so. In this call,
+        # the first after they finished, they enter the state. (Two-way: they are in every call.)
         s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each, for n frames in this call
-        added = context_noise * (s == 0).to(s)
+        added = config.in_frame_units(config.context_noise) * (s == 0).to(s)
         finished = now.count(0) if config.causal else 0
         # The multistep solver (DPM-Solver++(2M), arXiv 2211.01095) looks ahead: D_half is D halfway
         # through the step, on the line through the last D and this one, in ln sigma. A first step
@@ -441,14 +434,40 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         for i, frame in enumerate(frames):
             if now[i] != after[i]:  # a held frame keeps every bit (a finished one: x is 0 / 0 here)
                 frame.x, frame.D, frame.s_last = x[:, i], D[:, i], float(s[i])
-        # Leave: what is in the state is not needed here any more. Give out what is finished.
-        frames = frames[finished:]
-        while given_out < joined and level(row + 1, given_out) == 0:
-            yield frames[given_out - joined].x.clone()  # counted from the last frame
-            given_out += 1
+        frames = frames[finished:]  # those before it are in the state: not needed here any more
 
 
-# ==== 7. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
+# ==== 7. Guidance is a wrapper around the denoiser: no loop needs to know of it. =================
+
+class Guided(nn.Module):
+    """A causal denoiser whose history counts for more: D_less + weight (D - D_less). D_less sees
+    the history through noise of up to `noise`, in the unit of Config: sigma_max hides all of it,
+    less hides its details. Weight 1, or a noise up to context_noise, changes nothing. Called like
+    Denoiser; the state is that of 2B clips. (History guidance, Song et al., arXiv 2502.06764.)
+    Hiding all of it may go too far: where a frame is about .9 of the one before it, weight 1.5
+    makes it 1.08, and a long rollout explodes."""
+
+    def __init__(self, model, weight, noise, generator=None):
+        super().__init__()
+        need(model.config.causal, "history guidance: a two-way model has no history")
+        self.model, self.config, self.generator = model, model.config, generator
+        self.weight, self.noise = weight, self.config.in_frame_units(noise)
+
+    def forward(self, x, sigma, state=None, *, actions=None, commit=None):
+        """As Denoiser.forward. History: the frames of this call that enter the state."""
+        less, label = x.clone(), sigma.clone()
+        past, s = less[:, :commit], sigma[:, :commit]  # (B,n,C,H,W), a view, and (B,n)
+        label[:, :commit] = s.clamp(min=self.noise)
+        more = (label[:, :commit] ** 2 - s**2).sqrt()  # variances add up
+        past += per_frame(more) * randn(past.shape, x, self.generator)
+        told = None if actions is None else torch.cat([actions, actions])
+        D, state = self.model(torch.cat([x, less]), torch.cat([sigma, label]), state,
+                              actions=told, commit=commit)
+        D, D_less = D.chunk(2)
+        return torch.lerp(D_less, D, self.weight), state
+
+
+# ==== 8. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
 
 class Denoiser(nn.Module):
     """D(x; sigma): noisy frames and their sigma -> denoised frames, and the next state."""
@@ -462,7 +481,9 @@ class Denoiser(nn.Module):
         mean = torch.tensor(config.data_mean)[:, None, None]
         self.register_buffer("data_mean", mean, persistent=False)
         self.register_buffer("action_scale", torch.tensor(config.action_scale), persistent=False)
-        self.embed_noise = NoiseEmbedding(width)
+        self.register_buffer("frequency", torch.logspace(-0.5, 1.5, width // 4), persistent=False)
+        self.embed_noise = nn.Sequential(nn.Linear(width // 2, width), nn.SiLU(),
+                                         nn.Linear(width, width))
         self.embed_action = nn.Linear(config.action_dim, width) if config.action_dim else None
         self.stem = nn.Conv2d(pixels, dims[0], 3, padding=1)
         self.encoder = nn.ModuleList(Block(d, d, width, config) for d in dims)
@@ -508,7 +529,8 @@ class Denoiser(nn.Module):
     def network(self, x, c_noise, state, actions, commit, two_streams):
         """F of EDM. All frames go through it as a batch of B*T; only the mixers know of time."""
         B, T = x.shape[:2]
-        emb = self.embed_noise(c_noise)  # (B,T,E)
+        angle = c_noise[..., None] * self.frequency  # (B,T,E/4)
+        emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], -1))  # (B,T,E)
         if self.embed_action is not None:
             zeros = emb.new_zeros(B, T, self.config.action_dim)
             emb = emb + self.embed_action(zeros if actions is None else actions / self.action_scale)
@@ -541,17 +563,14 @@ class Block(nn.Module):
     def __init__(self, dim_in, dim_out, width, config, spatial_attention=False):
         super().__init__()
         self.spatial = ResBlock(dim_in, dim_out, width)
-        self.attend = SpatialAttention(dim_out, config.head_dim) if spatial_attention else None
+        self.attend = (SpatialAttention(dim_out, config.head_dim) if spatial_attention else
+                       nn.Identity())
         self.norm = nn.LayerNorm(dim_out)
-        if config.temporal == "attention":
-            self.mixer = TemporalAttention(dim_out, config.head_dim, config.window, config.causal)
-        else:
-            self.mixer = TemporalGRU(dim_out)
+        self.mixer = (TemporalGRU(dim_out) if config.temporal == "gru" else
+                      TemporalAttention(dim_out, config.head_dim, config.window, config.causal))
 
     def forward(self, x, emb, B, state, commit, two_streams):
-        h = self.spatial(x, emb)  # (BT,C,h,w)
-        if self.attend is not None:
-            h = self.attend(h)
+        h = self.attend(self.spatial(x, emb))  # (BT,C,h,w)
         BT, C, height, width = h.shape
         z = h.permute(0, 2, 3, 1).reshape(B, BT // B, height * width, C)
         z = self.norm(z).transpose(1, 2).flatten(0, 1)  # (B*hw,T,C): one sequence for each place
@@ -560,20 +579,17 @@ class Block(nn.Module):
         return h + z.reshape(BT, height, width, C).permute(0, 3, 1, 2), state
 
 
-# ==== 8. Temporal mixers: x (N, T, C) -> (N, T, C), and the state after `commit` frames. ==========
+# ==== 9. Temporal mixers: x (N, T, C) -> (N, T, C), and the state after `commit` frames. ==========
 #
 #    Streaming is exact: 16 frames in one call, or 5, then 1, then 10 with the state handed on, give
-#    the same numbers (but for rounding), also past the window: no frame sees a later one, and the
-#    state keeps all that the next frame may see (for attention, the last window - 1 frames).
-#
-#    two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A clean frame sees
-#    the clean frames up to itself; a noisy frame sees the clean frames before it, and itself.
+#    the same numbers (but for rounding), also past the window: the state keeps all that the next
+#    frame may see. two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A
+#    frame of both sees the clean frames before it, and itself.
 
 class TemporalAttention(nn.Module):
     """Banded causal attention: a frame sees the last `window` frames, itself included (two-way: as
-    many ahead). State: keys (before rotation) and values of the last window - 1 frames or fewer,
-    (N, heads, window - 1, d) each. With window = clip_frames, the band cuts nothing in training.
-    Through n mixers, one after the other, a frame still learns of n (window - 1) frames back."""
+    many ahead), and through n mixers, one after the other, it learns of n (window - 1) frames back.
+    State: keys (before rotation) and values of the last frames, (N, heads, window - 1, d) each."""
 
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
@@ -607,8 +623,7 @@ class TemporalAttention(nn.Module):
         q, k = rotary(q, cos[-T:], sin[-T:]), rotary(k, cos, sin)
         # CUDA's attention kernels take at most 65,535 sequences in one call.
         parts = zip(q.split(65535), k.split(65535), v.split(65535))
-        y = [F.scaled_dot_product_attention(*part, attn_mask=sees) for part in parts]
-        y = y[0] if len(y) == 1 else torch.cat(y)
+        y = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=sees) for part in parts])
         return self.out(y.transpose(1, 2).reshape(N, T, C)), new_state
 
 
@@ -648,11 +663,10 @@ def rotation(position, dim):
 
 def rotary(x, cos, sin):
     """Turns the pairs of channels of x (N, heads, T, d), in few passes over the memory."""
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
-# ==== 9. Spatial blocks: every frame by itself, x (BT, C, h, w). =================================
+# ==== 10. Spatial blocks: every frame by itself, x (BT, C, h, w). =================================
 
 class ResBlock(nn.Module):
     """Two convolutions. The scale and shift between them carry sigma and action."""
@@ -690,20 +704,6 @@ class SpatialAttention(nn.Module):
         return x + self.out(y.transpose(2, 3).reshape(BT, C, h, w))
 
 
-class NoiseEmbedding(nn.Module):
-    """c_noise (B, T) -> (B, T, width): its sines and cosines, then two layers."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.register_buffer("frequency", torch.logspace(-0.5, 1.5, width // 4), persistent=False)
-        self.layers = nn.Sequential(nn.Linear(width // 2, width), nn.SiLU(),
-                                    nn.Linear(width, width))
-
-    def forward(self, c_noise):
-        angle = c_noise[..., None] * self.frequency
-        return self.layers(torch.cat([angle.cos(), angle.sin()], -1))
-
-
 def zero(layer):
     """Starts a layer at zero, so that its branch begins as 'no change'."""
     for p in layer.parameters():
@@ -711,7 +711,7 @@ def zero(layer):
     return layer
 
 
-# ==== 10. Checkpoints are written aside and then renamed: what is at `path` is always whole. ======
+# ==== 11. Checkpoints are written aside and then renamed: what is at `path` is always whole. ======
 
 @contextmanager
 def aside(path, own=""):

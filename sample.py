@@ -7,6 +7,7 @@
     python sample.py --ckpt assets/balls.pt --frames 256                    from nothing
     python sample.py --ckpt model.pt --frames 256 --context clip.mp4        going on from a clip
     python sample.py --ckpt assets/balls.pt --play                          steer it with the keys
+    python sample.py --ckpt two-way.pt --context clip.mp4 --keyframes 0,15  between two frames
     python sample.py --show-schedule --frames 6                             prints the matrix
 """
 
@@ -30,7 +31,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from tqdm import tqdm
 
-from diffusion_forcing import (SCHEDULES, SOLVERS, load_checkpoint, need, rollout,
+from diffusion_forcing import (SCHEDULES, SOLVERS, Guided, load_checkpoint, need, rollout,
                                scheduling_matrix)
 
 STEPS, UNCERTAINTY, SOLVER = 8, 2.0, "multistep"  # chosen by rollouts of balls and of real clips
@@ -84,6 +85,11 @@ def positive(text, kind=int):
 
 
 positive_float = lambda text: positive(text, float)
+
+
+def numbers(text):
+    """An argparse type: 0,15 -> [0, 15]."""
+    return [int(t) for t in text.split(",")]
 
 
 def find_device(name=None):
@@ -338,11 +344,17 @@ def play(world, action_dim, one_hot, fps, keep):
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def matrix_for(schedule, num_frames, steps=STEPS, uncertainty=UNCERTAINTY):
-    """-> the matrix and the period for `rollout`: one column, laid along time without an end, or
-    num_frames that come down together (full_sequence)."""
-    matrix = scheduling_matrix(schedule, num_frames if schedule == "full_sequence" else 1, steps)
-    return matrix, uncertainty if schedule == "pyramid" else None
+def matrix_for(schedule, num_frames, steps=STEPS, uncertainty=UNCERTAINTY, two_way=False):
+    """-> the matrix and the period for `rollout`: one column, laid along time without an end; or
+    num_frames, which come down together (full_sequence) or see each other (two_way)."""
+    if two_way or schedule == "full_sequence":
+        return scheduling_matrix(schedule, num_frames, steps, uncertainty), None
+    return scheduling_matrix(schedule, 1, steps), uncertainty if schedule == "pyramid" else None
+
+
+def schedule_for(forcing, config):
+    """-> the schedule that suits a model: by how it was trained, and whether it looks both ways."""
+    return SCHEDULE_FOR[forcing if config.causal else "full_sequence"]
 
 
 def parse_args():
@@ -350,13 +362,16 @@ def parse_args():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--ckpt", default="model.pt", help="as written by train.py (%(default)s)")
-    add("--frames", type=positive, help="length, context included (256; a model of full_sequence: "
-        "one clip)")
+    add("--frames", type=positive, help="length, context included (256; a model of full_sequence, "
+        "or a two-way one: one clip)")
     add("--out", type=Path, help=".mp4, .gif, .webm or .npy (rollout.mp4; of --play: none)")
     add("--play", action="store_true", help="steer the world with the keys, in this terminal")
     add("--context", nargs="+", default=[], metavar="CLIP", help="clips to go on from, one rollout "
         "for each")
-    add("--context-frames", type=positive, help="how many of its first frames are given (4)")
+    add("--context-frames", type=positive, help="how many of its first frames are given (4; with "
+        "--keyframes: none)")
+    add("--keyframes", type=numbers, default=[], metavar="T,T", help="other given frames of "
+        "--context, for a two-way model: 0,15 are the first and the 16th")
     add("--actions", help=".npy (T, A), repeated at its end (the side file of --context)")
     add("--schedule", choices=SCHEDULES, help="by default what suits the --forcing of train.py: "
         + ", ".join(f"{schedule} for {forcing}" for forcing, schedule in SCHEDULE_FOR.items()))
@@ -368,6 +383,8 @@ def parse_args():
         "with few steps; euler pulls towards the mean (%(default)s)")
     add("--context-noise", type=positive_float, help="sigma of the history: more of it forgives "
         "more errors and remembers less (that of the checkpoint)")
+    add("--guidance", type=positive_float, help="weight of the history, against one with ...")
+    add("--guidance-noise", type=positive_float, default=0.5, help="... this sigma (%(default)s)")
     add("--batch", type=positive, default=1, help="number of rollouts, a file each (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--fps", type=positive_float, default=15, help="frames/s of the video (%(default)s)")
@@ -378,18 +395,21 @@ def parse_args():
 
 
 def load_inputs(args, config, stride):
-    """-> context (batch, context_frames, C, H, W) or None, actions (batch, frames, A) or None."""
-    context, span = None, (args.context_frames - 1) * stride + 1
+    """-> context (batch, context_frames, C, H, W) or None, keyframes {t: (batch, C, H, W)}, actions
+    (batch, frames, A) or None."""
+    context, keyframes = None, {}
     if args.context:
-        clips = [read_clip(c, config.height, config.width, span)[::stride] for c in args.context]
+        length = max(args.context_frames, *(t + 1 for t in args.keyframes), 1)
+        clips = [read_clip(c, config.height, config.width, (length - 1) * stride + 1)[::stride]
+                 for c in args.context]
         for path, clip in zip(args.context, clips):
-            need(len(clip) == args.context_frames, f"{path} is too short: --context-frames is "
-                 f"{args.context_frames}" + f", every {stride}th of the clip" * (stride > 1))
-        clips = [clips[i % len(clips)] for i in range(args.batch)]
-        context = to_frames(np.stack(clips), args.device)
+            need(len(clip) == length, f"{path} is too short: {length} frames are needed"
+                 + f", every {stride}th of the clip" * (stride > 1))
+        clip = to_frames(np.stack([clips[i % len(clips)] for i in range(args.batch)]), args.device)
+        context, keyframes = clip[:, : args.context_frames], {t: clip[:, t] for t in args.keyframes}
     if not config.action_dim:
         need(not args.actions, f"{args.actions}: the model was trained without actions")
-        return context, None
+        return context, keyframes, None
     num_frames = args.frames or args.context_frames
     actions = np.zeros((args.batch, num_frames, config.action_dim), np.float32)
     files = [Path(args.actions)] if args.actions else [*map(side_file, args.context)]
@@ -399,11 +419,12 @@ def load_inputs(args, config, stride):
             need(told.shape[1] == config.action_dim,
                  f"{file}: the model needs {config.action_dim} numbers for each frame")
             row[:] = np.resize(told, row.shape)  # repeated at its end
-    return context, torch.from_numpy(actions).to(args.device)
+    return context, keyframes, torch.from_numpy(actions).to(args.device)
 
 
 def check(args):
     """-> the paths to write to. Raises ValueError for what does not fit together."""
+    need(args.context or not args.keyframes, "--keyframes: frames of which --context?")
     if args.play:
         need(os.name == "posix", "--play needs a terminal of Linux or macOS")
         need(os.isatty(0) and os.isatty(1), "--play needs a terminal, not a pipe")
@@ -426,7 +447,7 @@ def check(args):
 def main():
     args = parse_args()
     args.batch = max(args.batch, len(args.context))
-    args.context_frames = args.context_frames or (4 if args.context else 0)
+    args.context_frames = args.context_frames or (4 if args.context and not args.keyframes else 0)
     args.out = args.out or (None if args.play else Path("rollout.mp4"))
     with mistakes(ValueError):
         if args.show_schedule:
@@ -440,22 +461,28 @@ def main():
         model, extra = load_checkpoint(args.ckpt, args.device)
         config = model.config
         config.context_noise = args.context_noise or config.context_noise
+        if args.guidance:
+            model = Guided(model, args.guidance, args.guidance_noise,
+                           torch.Generator(args.device).manual_seed(args.seed + 1))
         forcing = extra.get("forcing", "diffusion" if config.causal else "full_sequence")
         if args.play:
             need(config.action_dim, f"--play: {args.ckpt} was trained without actions")
             need(config.causal, f"--play: {args.ckpt} looks both ways, and makes whole clips only")
             args.schedule = "autoregressive"  # only so does an action show in the next frame
         elif not args.frames:
-            args.frames = config.clip_frames if forcing == "full_sequence" else 256
-        schedule = args.schedule or SCHEDULE_FOR[forcing]
+            whole = forcing == "full_sequence" or not config.causal
+            args.frames = config.clip_frames if whole else 256
+        schedule = args.schedule or schedule_for(forcing, config)
         need(schedule == "full_sequence" or not args.tile,
              f"--tile is for --schedule full_sequence only, not for {schedule}")
-        context, actions = load_inputs(args, config, extra.get("stride", 1))
-        matrix, period = matrix_for(schedule, args.tile or config.clip_frames, args.steps,
-                                    args.uncertainty)
+        context, keyframes, actions = load_inputs(args, config, extra.get("stride", 1))
+        tile = args.tile or config.clip_frames
+        if not config.causal:  # all that is new, in one piece
+            tile = max(1, args.frames - args.context_frames)
+        matrix, period = matrix_for(schedule, tile, args.steps, args.uncertainty, not config.causal)
         roll = lambda context, actions, seed, batch_size: rollout(
-            model, matrix, args.frames, context, period=period, actions=actions,
-            batch_size=batch_size, solver=args.solver,
+            model, matrix, args.frames, context, period=period, keyframes=keyframes,
+            actions=actions, batch_size=batch_size, solver=args.solver,
             generator=torch.Generator(args.device).manual_seed(seed))
         # raises at once what is wrong; --play has its own rollouts, with actions from the keys
         frames = roll(context, () if args.play else actions, args.seed, args.batch)

@@ -33,6 +33,7 @@ from diffusion_forcing import Config, Denoiser, TemporalAttention, TemporalGRU
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 KINDS = [("autoregressive", 0), ("pyramid", 1), ("pyramid", 2.5), ("pyramid", 0.4), ("full_sequence", 0)]
+TRAPEZOIDS = [("trapezoid", 1), ("trapezoid", 2.5), ("trapezoid", 0.4)]  # for two-way models only
 MIXERS = ["attention", "gru"]
 
 
@@ -376,6 +377,11 @@ def test_expected_loss_knows_the_frames_own_level_and_a_few_that_it_sees():
         knows = [g[0].ne(0).tolist() for g in torch.autograd.grad(model(own, past)[0, t], (own, past))]
         assert knows[0] == [i == t for i in range(6)], "its own level"
         assert knows[1] == [t - 2 <= i < t for i in range(6)], "the two frames before it, none that comes later"
+    two_way = df.ExpectedLoss(tiny(causal=False), past=2)
+    torch.nn.init.normal_(two_way.layers[-1].weight)
+    knows = torch.autograd.grad(two_way(own, past)[0, 2], (own, past))
+    assert [g[0].ne(0).tolist() for g in knows] == [[i == 2 for i in range(6)], [i in (0, 1, 3, 4) for i in range(6)]], \
+        "in a two-way model a frame also sees later ones, and so does what is expected of it"
     noise = torch.cat([torch.full((1, 2), model.config.in_frame_units(model.config.sigma_max)), own], 1)
     assert torch.allclose(model(own, own), model(noise, noise)[:, 2:], atol=1e-5), "before frame 0 there is only noise"
     assert df.ExpectedLoss(tiny()).past == 4, "it sees four frames back, if nobody says another number"
@@ -444,16 +450,18 @@ def test_levels_are_those_of_edm():
 
 
 @pytest.mark.schedule
-@pytest.mark.parametrize("kind,u", KINDS)
+@pytest.mark.parametrize("kind,u", KINDS + TRAPEZOIDS)
 @pytest.mark.parametrize("T,S", [(1, 1), (1, 4), (5, 1), (4, 3), (7, 10)])
 def test_matrix_against_a_slow_loop(kind, u, T, S):
     K = df.scheduling_matrix(kind, T, S, u)
     levels = {"autoregressive": S, "full_sequence": 0}.get(kind, u)
+    order = [min(t, T - 1 - t) if kind == "trapezoid" else t for t in range(T)]  # how far from an end
     rows, m = [], 0
     while not rows or any(rows[-1]):
-        rows.append([min(S, max(0, S + math.floor(levels * t) - m)) for t in range(T)])
+        rows.append([min(S, max(0, S + math.floor(levels * n) - m)) for n in order])
         m += 1
     assert K.tolist() == rows, f"{kind}: K[m, t] = clip(S + floor(u t) - m, 0, S), from all S to all 0"
+    assert kind != "trapezoid" or torch.equal(K, K.flip(1)), "a trapezoid is the same from both ends"
 
 
 @pytest.mark.schedule
@@ -871,15 +879,18 @@ class JointGaussian:
             y, s = torch.cat([state[0], y], 1), torch.cat([state[1], s], 1)
         n, done = y.shape[1], 0 if state is None else state[0].shape[1]
         if self.config.causal:
-            D = torch.stack([self.mean(y[:, : i + 1], s[0, : i + 1])[:, i] for i in range(done, n)], 1)
+            D = torch.stack([self.mean(y[:, : i + 1], s[:, : i + 1])[:, i] for i in range(done, n)], 1)
         else:
-            D = self.mean(y, s[0])[:, done:]
+            D = self.mean(y, s)[:, done:]
         commit = x.shape[1] if commit is None else commit
         return D.to(x).view_as(x), state if commit == 0 else (y[:, : done + commit], s[:, : done + commit])
 
     def mean(self, y, s):
-        C = self.C[: len(s), : len(s)]
-        return y @ torch.linalg.solve(C + torch.diag(s**2), C)
+        C, out = self.C[: s.shape[1], : s.shape[1]], torch.empty_like(y)
+        for row in s[[0, -1]].unique(dim=0):  # under guidance, two halves
+            same = (s == row).all(1)
+            out[same] = y[same] @ torch.linalg.solve(C + torch.diag(row**2), C)
+        return out
 
 
 def ar1(T, phi=0.9):
@@ -888,7 +899,7 @@ def ar1(T, phi=0.9):
 
 
 @pytest.mark.sampler
-@pytest.mark.parametrize("causal,kind,u", [(False, k, u) for k, u in KINDS] + [(True, "autoregressive", 0)])
+@pytest.mark.parametrize("causal,kind,u", [(False, k, u) for k, u in KINDS + TRAPEZOIDS] + [(True, "autoregressive", 0)])
 def test_exact_denoisers_give_the_true_covariance(causal, kind, u):
     model = JointGaussian(ar1(4), causal=causal)
     K = df.scheduling_matrix(kind, 4, 64, u)
@@ -905,6 +916,52 @@ def test_with_a_causal_denoiser_only_autoregressive_is_exact():
     x = df.sample(model, K, batch_size=8000, solver="multistep", generator=torch.Generator().manual_seed(0)).flatten(1)
     error = (torch.cov(x.T).double() - model.C).abs().max() / 0.25
     assert 0.2 < error < 0.7, f"full_sequence with a causal denoiser is off by {error:.0%}, not by the known 45 %"
+
+
+@pytest.mark.sampler
+@pytest.mark.parametrize("context", [0, 1])
+@pytest.mark.parametrize("kind,u", KINDS + TRAPEZOIDS)
+def test_frames_between_keyframes_have_the_true_mean_and_covariance(kind, u, context):
+    """The first frame (a keyframe, or context) and the last one are given: in closed form, what lies between."""
+    model, ends = JointGaussian(ar1(4), causal=False), torch.tensor([0.8, -0.3])
+    given = ends[:, None, None, None, None].expand(2, 4000, 1, 1, 1)
+    K = df.scheduling_matrix(kind, 4 - context, 64, u)
+    x = torch.stack(list(df.rollout(model, K, 4, given[0][:, None] if context else None, batch_size=4000,
+                                    keyframes={3: given[1]} if context else {0: given[0], 3: given[1]},
+                                    generator=torch.Generator().manual_seed(0))), 1).flatten(1)
+    assert torch.equal(x[:, [0, 3]], ends.expand(4000, 2)), "given frames come out bit for bit"
+    C, between, known = model.C, [1, 2], [0, 3]
+    gain = C[between][:, known] @ torch.linalg.inv(C[known][:, known])
+    mean, cov = gain @ ends.double(), C[between][:, between] - gain @ C[known][:, between]
+    assert (x[:, 1:3].double().mean(0) - mean).abs().max() < 0.02, f"{kind}: wrong mean: both ends pull at what is between"
+    assert (torch.cov(x[:, 1:3].T).double() - cov).abs().max() < 0.05 * cov[0, 0], f"{kind}: wrong covariance"
+
+
+@pytest.mark.sampler
+def test_keyframes_are_shown_as_history_is_and_come_out_as_they_went_in():
+    spy, clip = Spy(lambda x, sigma: 0.9 * x, causal=False, window=6, context_noise=0.3), torch.randn(1, 6, 3, 8, 8)
+    keyframes, K = {3: clip[:, 3], 5: clip[:, 5]}, df.scheduling_matrix("autoregressive", 5, 2)
+    out = torch.stack(list(df.rollout(spy, K, 6, clip[:, :1], keyframes=keyframes)), 1)
+    known = [0, 3, 5]
+    assert torch.equal(out[:, known], clip[:, known]), "given frames come out bit for bit"
+    told, shown = 0.3 * units(spy.config), torch.cat([call["x"] for call in spy.calls])[:, known]
+    for call in spy.calls:
+        assert call["sigma"][0, known].tolist() == pytest.approx([told] * 3), "its label, whatever the matrix says"
+    assert (shown == shown[:1]).all(), "its noise is drawn once"
+    assert (shown[0] - clip[0, known]).std().item() == pytest.approx(told, rel=0.15), "its noise is what the label says"
+    assert len(spy.calls) == 2 * 3, "three frames with two steps each: rows that only move a keyframe make no call"
+    assert sum(1 for _ in df.rollout(spy, K, 5, keyframes={t: clip[:, t] for t in range(5)})) == 5, "nothing is left to do"
+    causal = Spy(window=6)
+    for what, model, options in [
+        ("keyframes for a causal model", causal, dict(keyframes={3: clip[:, 3]})),
+        ("a keyframe in the context", spy, dict(keyframes={0: clip[:, 0]})),
+        ("a keyframe beyond the end", spy, dict(keyframes={6: clip[:, 3]})),
+        ("a keyframe before the beginning", spy, dict(keyframes={-1: clip[:, 3]})),
+        ("a keyframe of another size", spy, dict(keyframes={3: clip[:, 3, :, :4]})),
+        ("keyframes of two clips for one", spy, dict(keyframes={3: clip[0, 3:5]})),
+        ("a trapezoid for a causal model", causal, dict(matrix=df.scheduling_matrix("trapezoid", 5, 2))),
+    ]:
+        refused(what, df.rollout, model, options.pop("matrix", K), 6, clip[:, :1], **options)
 
 
 @pytest.mark.sampler
@@ -999,7 +1056,102 @@ def test_mistakes_are_told_before_the_first_frame_is_asked_for():
     assert not spy.calls, "and nothing is computed before it is asked for"
 
 
-# ---- 7. the denoiser: causal, streaming -----------------------------------------------------------------------------
+# ---- 7. guidance ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.guidance
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_guidance_of_weight_one_or_without_more_noise_changes_nothing(temporal):
+    model, K = random_denoiser(temporal=temporal), df.scheduling_matrix("pyramid", 1, 3)
+    go = lambda model: torch.stack(list(df.rollout(model, K, 6, torch.zeros(2, 1, 3, 8, 8), period=2,
+                                                   generator=torch.Generator().manual_seed(0))), 1)
+    plain = go(model)
+    assert torch.allclose(go(df.Guided(model, 1.0, 5.0)), plain, atol=1e-5), "weight 1: D_less + (D - D_less) = D"
+    assert torch.allclose(go(df.Guided(model, 3.0, model.config.context_noise)), plain, atol=1e-5), \
+        "noise up to context_noise: both see the same history"
+    assert not torch.allclose(go(df.Guided(model, 3.0, 5.0)), plain, atol=1e-2), "more noise and weight: something changes"
+
+
+@pytest.mark.guidance
+@pytest.mark.parametrize("noise,known", [(80.0, 0.771), (0.5, 0.655), (0.1, 0.512)])
+def test_guided_neighbours_are_as_much_alike_as_theory_says(noise, known):
+    """Two Gaussian frames, correlation .5, weight 2: the sampling equation is linear, and is solved here step by step."""
+    phi, weight, v = 0.5, 2.0, 0.25
+    less = phi * v / (v + noise**2)  # E[frame 1 | noisy frame 0] = less * (frame 0 + noise * eps)
+    sure, unsure = v * (1 - phi**2), v - less**2 * (v + noise**2)  # what stays unknown of frame 1
+    S, (high, low) = 20000, (80.0, 0.002)
+    x = np.array([high, 0, 0])  # frame 1 is a mix of its first noise, of frame 0, and of eps
+    guess, guess_less = np.array([0, phi, 0]), np.array([0, less, less * noise])
+    for sigma in np.geomspace(high, low, S):
+        D = guess + sure / (sure + sigma**2) * (x - guess)
+        D_less = guess_less + unsure / (unsure + sigma**2) * (x - guess_less)
+        x = x + np.log(low / high) / (S - 1) * (x - (D_less + weight * (D - D_less)))
+    theory = x[1] * v / math.sqrt(v * (x[0] ** 2 + x[1] ** 2 * v + x[2] ** 2))
+    assert theory == pytest.approx(known, abs=0.003), "the oracle itself"
+    model = df.Guided(JointGaussian(ar1(2, phi)), weight, noise, torch.Generator().manual_seed(1))
+    first = math.sqrt(v) * torch.randn(8000, 1, 1, 1, 1, generator=torch.Generator().manual_seed(2))
+    clips = df.sample(model, df.scheduling_matrix("autoregressive", 1, 64), first,
+                      generator=torch.Generator().manual_seed(0)).flatten(1)
+    assert torch.corrcoef(clips.T)[0, 1].item() == pytest.approx(theory, abs=0.025), \
+        "D_less + weight (D - D_less), with noise^2 - context_noise^2 added to the history, in the unit of Config"
+
+
+@pytest.mark.guidance
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_twice_the_clips_equal_two_calls_with_two_states(temporal):
+    model, seed = random_denoiser(temporal=temporal, action_dim=2), lambda: torch.Generator().manual_seed(0)
+    guided, noise = df.Guided(model, 2.5, 1.0, seed()), model.config.in_frame_units(1.0)
+    pair, states, generator = None, [None, None], seed()
+    for T, commit in ((3, 2), (2, 0), (3, None)):  # some frames enter the state, none, all
+        x, actions = torch.randn(2, T, 3, 8, 8), torch.randn(2, T, 2)
+        sigma = torch.full((2, T), 0.05)
+        sigma[:, T if commit is None else commit :] = 2.0  # more noise than that of the guidance
+        D, pair = guided(x, sigma, pair, actions=actions, commit=commit)
+        n = T if commit is None else commit
+        hazy, label = x.clone(), sigma.clone()
+        hazy[:, :n] += math.sqrt(noise**2 - 0.05**2) * torch.randn(2, n, 3, 8, 8, generator=generator)
+        label[:, :n] = noise
+        (full, states[0]), (less, states[1]) = (model(*given, state, actions=actions, commit=commit) for given, state in
+                                                zip(((x, sigma), (hazy, label)), states))
+        assert torch.allclose(D, less + 2.5 * (full - less), atol=1e-4), "one call for 2B clips: as they are, and less known"
+    both = [torch.cat(parts) for parts in zip(flat(states[0]), flat(states[1]))]
+    kept = flat(pair)
+    assert len(kept) == len(both) and all(a.shape == b.shape for a, b in zip(kept, both)), "the state is that of 2B clips"
+
+
+@pytest.mark.guidance
+def test_the_weaker_half_sees_more_noise_in_history_frames_only():
+    spy = Spy(lambda x, sigma: 0.9 * x, height=32, width=32)
+    context, told = torch.randn(2, 3, 3, 32, 32), 0.7 * units(spy.config)
+    go = lambda model: list(df.rollout(model, df.scheduling_matrix("pyramid", 1, 4), 7, context, period=2,
+                                       generator=torch.Generator().manual_seed(0)))
+    go(df.Guided(spy, 2.0, 0.7, torch.Generator().manual_seed(1)))
+    before, seen = spy.config.context_noise * units(spy.config), []
+    for call in spy.calls:
+        (x, less), (sigma, label), n = call["x"].chunk(2), call["sigma"].chunk(2), call["commit"]
+        assert torch.equal(less[:, n:], x[:, n:]) and torch.equal(label[:, n:], sigma[:, n:]), "only history gets more noise"
+        assert label[:, :n].flatten().tolist() == pytest.approx([told] * 2 * n), "the label is the noise"
+        seen += (less - x)[:, :n].unbind(1)
+    added = math.sqrt(told**2 - before**2)
+    assert len(seen) == 6 and all(e.std().item() == pytest.approx(added, rel=0.05) for e in seen), \
+        "3 frames of context and 3 finished ones, each once: variances add up to that of the label"
+    assert all(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.1
+               for a, b in itertools.combinations([e[i] for e in seen for i in range(2)], 2)), "each has noise of its own"
+    plain = Spy(lambda x, sigma: 0.9 * x, height=32, width=32)
+    go(plain)
+    assert all(torch.equal(a["x"].chunk(2)[0], b["x"]) for a, b in zip(spy.calls, plain.calls)), \
+        "this noise is from a generator of its own: all other noise stays the same"
+    other = Spy(lambda x, sigma: 0.9 * x, height=32, width=32)
+    go(df.Guided(other, 2.0, 0.7, torch.Generator().manual_seed(1)))
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(spy.calls, other.calls)), "the same generator, the same noise"
+
+
+@pytest.mark.guidance
+def test_a_two_way_model_has_no_history_to_guide_by():
+    refused("history guidance of a two-way model", df.Guided, Spy(causal=False), 2.0, 0.5)
+
+
+# ---- 8. the denoiser: causal, streaming -----------------------------------------------------------------------------
 
 
 @pytest.mark.causality
@@ -1084,11 +1236,11 @@ def test_a_network_may_have_four_resolutions():
 
 @pytest.mark.causality
 def test_a_noise_level_is_sines_and_cosines_of_its_label():
-    m, seen = df.NoiseEmbedding(32), []
-    m.layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    m(torch.tensor([0.0, 0.70, 0.71]))
+    m, seen, c_noise = Denoiser(tiny()), [], torch.tensor([[0.0, 0.70, 0.71]])
+    m.embed_noise.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    m(torch.zeros(1, 3, 3, 8, 8), m.config.sigma_data * (4 * c_noise).exp())
     none, a, b = seen[0].unflatten(-1, (2, -1))
-    assert none.tolist() == [[1.0] * 8, [0.0] * 8], "cosines, then sines, of frequency * c_noise"
+    assert torch.allclose(none, torch.tensor([[1.0], [0.0]]).expand(2, 8), atol=1e-5), "cosines, then sines"
     assert torch.allclose(a.square().sum(0), torch.ones(8)), "each frequency has its cosine and its sine"
     assert (a - b).abs().max() < 0.5, "near levels look unrelated: frequencies too high"
     ends = [float(m.frequency[i]) for i in (0, -1)]
@@ -1186,7 +1338,7 @@ def test_the_state_stops_growing(temporal):
     assert sizes[59] == sizes[10], "the state grows with the length of the rollout (a view keeps its whole storage)"
 
 
-# ---- 8. temporal mixers ---------------------------------------------------------------------------------------------
+# ---- 9. temporal mixers ---------------------------------------------------------------------------------------------
 
 
 def mixer(kind, **options):
@@ -1330,7 +1482,7 @@ def test_a_config_is_that_of_the_readme_unless_told():
     assert told == (0.02, 80.0, 7.0, 0.05, -0.6, 2.4, 16, 2), "the results in the README were made with these numbers"
 
 
-# ---- 10. checkpoints ------------------------------------------------------------------------------------------------
+# ---- 11. checkpoints ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.checkpoint
@@ -2297,6 +2449,65 @@ def test_each_paradigm_gets_what_suits_it(tmp_path, monkeypatch, words, causal, 
     assert told[0][3] == (0 if tile == 4 else 4), "a preview goes on from 4 frames, one of full_sequence from none"
 
 
+@pytest.mark.cli
+def test_a_two_way_model_fills_in_what_lies_between_keyframes(tmp_path, monkeypatch):
+    told, real = [], df.rollout
+
+    def spy(model, K, num_frames, context, **options):
+        told.append((K.tolist(), num_frames, 0 if context is None else context.shape[1], options["period"]))
+        return real(model, K, num_frames, context, **options)
+
+    monkeypatch.setattr(train, "rollout", spy)
+    monkeypatch.setattr(sample, "rollout", spy)
+    train_here(monkeypatch, tmp_path, *"--two-way --steps 1".split())
+    config = df.load_checkpoint(tmp_path / "model.pt")[0].config
+    assert (config.causal, config.P_mean, config.alternating) == (False, Config.P_mean, 0.5), "else as any Diffusion Forcing"
+    assert told[-1][1:] == (4, 3, None), "its preview is one clip, from real frames"
+    write(tmp_path / "a.npy", clip := balls(1, 6)[0])
+    words, told[:] = "--context a.npy --out o.npy --steps 2 --device cpu".split(), []
+    for more, given in (("--keyframes 0,3", [0, 3]), ("--keyframes 3 --context-frames 1", [0, 3]), ("--keyframes 1", [1])):
+        here(sample, *words, *more.split(), cwd=tmp_path)
+        out = np.load(tmp_path / "o.npy")
+        assert (out[given] == clip[given]).all() and len(out) == 4, f"{more}: these are given, in a clip as long as in training"
+        assert (out[2] != clip[2]).any(), f"{more}: this one is not given"
+    assert [call[2] for call in told] == [0, 1, 0], "with keyframes, there is a context only if it is asked for"
+    assert told[0][0] == df.scheduling_matrix("full_sequence", 4, 2).tolist(), "one copy of the matrix"
+    told.clear()
+    here(sample, *words, *"--schedule trapezoid --uncertainty 1 --keyframes 4 --frames 3 --context-frames 1".split(), cwd=tmp_path, code=2)
+    here(sample, *words, *"--schedule trapezoid --uncertainty 1 --keyframes 3 --context-frames 1".split(), cwd=tmp_path)
+    assert told[-1][0] == df.scheduling_matrix("trapezoid", 3, 2, 1).tolist(), "the matrix is for what comes after the context"
+    random = random_denoiser(height=16, width=16)
+    df.save_checkpoint(tmp_path / "causal.pt", random.config, random.state_dict())
+    for what, more, said in [("frames of no clip", "--ckpt causal.pt --keyframes 1 --out o.npy", "--context"),
+                             ("a causal model", "--ckpt causal.pt --keyframes 3 --context a.npy --out o.npy", "two-way"),
+                             ("a clip of 6 frames", "--keyframes 9 --context a.npy --out o.npy", "too short"),
+                             ("no number", "--keyframes 3;4 --context a.npy", "3;4")]:
+        assert said in here(sample, *more.split(), cwd=tmp_path, code=2), f"{what}: the error names what is wrong"
+    for more in ("--temporal gru", "--forcing teacher", "--forcing full_sequence"):
+        assert "--two-way" in here(train, *f"--two-way --out new.pt {more}".split(), cwd=tmp_path, code=2), more
+
+
+@pytest.mark.cli
+def test_guidance_of_the_command_is_that_of_the_wrapper(tmp_path):
+    model, clip = random_denoiser(height=16, width=16), balls(1, 2)
+    df.save_checkpoint(tmp_path / "model.pt", model.config, model.state_dict())
+    np.save(tmp_path / "a.npy", clip[0])
+    words = "--context a.npy --context-frames 2 --frames 5 --device cpu --out".split()
+    here(sample, *words, "plain.npy", cwd=tmp_path)
+    here(sample, *words, "one.npy", "--guidance", 1, "--guidance-noise", 9, cwd=tmp_path)
+    here(sample, *words, "two.npy", "--guidance", 2, "--guidance-noise", 9, cwd=tmp_path)
+    plain, one, two = (np.load(tmp_path / f"{name}.npy").astype(int) for name in ("plain", "one", "two"))
+    assert abs(one - plain).max() <= 1, "weight 1 changes nothing"
+    guided = df.Guided(model, 2, 9, torch.Generator().manual_seed(1))
+    frames = df.rollout(guided, df.scheduling_matrix("pyramid", 1, 8), 5, sample.to_frames(clip), period=2,
+                        generator=torch.Generator().manual_seed(0))
+    expected = sample.to_bytes(torch.stack(list(frames), 1))[0]
+    assert abs(two - expected).max() <= 1 and (two != plain).any(), "weight and noise of the command, in their places"
+    model = random_denoiser(causal=False)
+    df.save_checkpoint(tmp_path / "two-way.pt", model.config, model.state_dict())
+    assert "no history" in here(sample, *"--ckpt two-way.pt --guidance 2".split(), cwd=tmp_path, code=2)
+
+
 # ---- sample.py: clips in, clips out
 
 
@@ -2509,14 +2720,17 @@ def test_actions_of_skipped_frames_are_averaged(tmp_path):
 
 
 def asked(**options):
-    return Namespace(**(dict(context=[], context_frames=2, batch=1, frames=3, device="cpu", actions=None) | options))
+    return Namespace(**(dict(context=[], context_frames=2, keyframes=[], batch=1, frames=3, device="cpu", actions=None)
+                        | options))
 
 
 @pytest.mark.cli
 def test_a_model_of_stride_two_goes_on_from_every_second_frame(tmp_path):
     counting_clip(tmp_path)
-    context, actions = sample.load_inputs(asked(context=[tmp_path / "a.npy"]), tiny(action_dim=1), 2)
+    args = asked(context=[tmp_path / "a.npy"], keyframes=[2])
+    context, keyframes, actions = sample.load_inputs(args, tiny(action_dim=1), 2)
     assert sample.to_bytes(context)[0, :, 0, 0, 0].tolist() == [0, 20], "frames 0 and 2: the stride first, then the cut"
+    assert sample.to_bytes(keyframes[2])[0, 0, 0].tolist() == [40] * 3, "keyframe 2 is frame 4 of the clip"
     assert actions[0, :, 0].tolist() == [0, 1.5, 3.5], "and the actions that led to them"
 
 
@@ -2526,7 +2740,7 @@ def test_every_clip_has_actions_of_its_own(tmp_path):
         np.save(tmp_path / f"{name}.npy", np.zeros((4, 8, 8, 3), np.uint8))
     np.save(tmp_path / "b.actions.npy", np.arange(6.0).reshape(3, 2))
     args = asked(context=[tmp_path / "a.npy", tmp_path / "b.npy"], batch=3, frames=5)
-    context, actions = sample.load_inputs(args, tiny(action_dim=2), 1)
+    context, _, actions = sample.load_inputs(args, tiny(action_dim=2), 1)
     assert context.shape == (3, 2, 3, 8, 8), "contexts are taken in turn"
     assert not actions[0].any() and not actions[2].any(), "a clip without a side file has no actions: zeros"
     assert actions[1, :, 0].tolist() == [0, 2, 4, 0, 2], "actions that end are repeated"

@@ -40,8 +40,8 @@ from tqdm import tqdm
 from diffusion_forcing import (FORCINGS, MIXERS, Config, Denoiser, ExpectedLoss, aside,
                                diffusion_forcing_loss, load_checkpoint, need, rollout,
                                save_checkpoint)
-from sample import (SCHEDULE_FOR, SOLVER, fail, find_device, in_words, list_images, matrix_for,
-                    mistakes, positive, positive_float, read_actions, read_clip, side_file,
+from sample import (SOLVER, fail, find_device, in_words, list_images, matrix_for, mistakes,
+                    positive, positive_float, read_actions, read_clip, schedule_for, side_file,
                     to_bytes, to_frames, video_writer)
 
 RANK, WORLD = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
@@ -56,8 +56,8 @@ SUITS = {  # what each paradigm changes in Config, chosen by rollouts
     "teacher": dict(P_std=1.6),
     "full_sequence": dict(P_mean=0.4, P_std=1.6, causal=False),
 }
-FIXED = ("size", "clip_frames", "stride", "batch", "window", "temporal", "forcing", "context_noise",
-         "seed")  # what --resume cannot change
+FIXED = ("size", "clip_frames", "stride", "batch", "window", "temporal", "forcing", "two_way",
+         "context_noise", "seed")  # what --resume cannot change
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif", ".npy")
 NO_CLIPS = (".actions.npy", ".preview.mp4", ".rollout.mp4")  # the last two are our own
 HELD_OUT = 10  # every tenth clip is held out from training
@@ -273,6 +273,8 @@ def parse_args():
     add("--window", type=positive, help="frames that attention sees (--clip-frames)")
     add("--temporal", choices=MIXERS, default="attention", help="(%(default)s)")
     add("--forcing", choices=FORCINGS, default="diffusion", help="paradigm (%(default)s)")
+    add("--two-way", action="store_true", help="frames also see later ones: for sample.py "
+        "--keyframes, within one clip")
     add("--context-noise", type=positive_float, default=0.05, help="sigma of the history: in "
         "rollouts, and as the past in teacher forcing (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise (%(default)s)")
@@ -316,6 +318,8 @@ def parse_args():
     need(s.seed >= 0, f"--seed {s.seed}: at least 0 is needed")
     need(not given.init or s.temporal == model.config.temporal,
          f"--temporal {s.temporal}: {given.init} has another")
+    need(not s.two_way or (s.forcing, s.temporal) == ("diffusion", "attention"),
+         "--two-way is for --forcing diffusion and --temporal attention")
     need(s.accumulate % WORLD == 0,
          f"--accumulate {s.accumulate}: a multiple of the {WORLD} processes is needed")
     dataclasses.replace(model.config if model else Config(), height=s.size[0], width=s.size[1],
@@ -326,7 +330,7 @@ def parse_args():
 def new_model(s, data, init):
     """-> a Denoiser for these settings and this data, with the weights of `init`, if any."""
     suits = dict(P_mean=Config.P_mean, P_std=Config.P_std, causal=True) | SUITS[s.forcing]
-    suits["causal"] |= s.temporal == "gru"
+    suits["causal"] = s.temporal == "gru" or suits["causal"] and not s.two_way
     config = dataclasses.replace(
         init.config if init else Config(dim=s.dim, dim_mults=s.dim_mults), height=s.size[0],
         width=s.size[1], action_dim=data.action_dim, clip_frames=s.clip_frames, window=s.window,
@@ -341,11 +345,12 @@ def new_model(s, data, init):
 
 def preview(path, model, data, s, num_frames):
     """Writes a video: four real clips above, rollouts from their first frames below. A model of
-    full_sequence can only make one whole clip from nothing: its preview is that."""
-    context = min(CONTEXT, num_frames - 1)
-    if s.forcing == "full_sequence":
-        context, num_frames = 0, min(s.clip_frames, s.window)
-    matrix, period = matrix_for(SCHEDULE_FOR[s.forcing], num_frames)
+    full_sequence can only make one whole clip from nothing, and a two-way one only one clip."""
+    if s.two_way or s.forcing == "full_sequence":
+        num_frames = min(s.clip_frames, s.window)
+    context = 0 if s.forcing == "full_sequence" else min(CONTEXT, num_frames - 1)
+    matrix, period = matrix_for(schedule_for(s.forcing, model.config), num_frames - context,
+                                two_way=s.two_way)
     x, actions, generator = to_device(draw(data, s, 4, num_frames, PREVIEW, data.held_out), s)
     frames = rollout(model, matrix, num_frames, x[:, :context], period=period, actions=actions,
                      solver=SOLVER, generator=generator)

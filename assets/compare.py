@@ -27,7 +27,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from diffusion_forcing import SCHEDULES, scheduling_matrix  # noqa: E402
+from diffusion_forcing import scheduling_matrix  # noqa: E402
 from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: found by the above
                    bouncing_balls)
 
@@ -270,7 +270,7 @@ def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
     """The first rows of three matrices as grey values: black is pure noise, white a clean frame.
     The first two columns are context."""
     panels = []
-    for kind in SCHEDULES:
+    for kind in ("autoregressive", "pyramid", "full_sequence"):
         matrix = scheduling_matrix(kind, num_frames, num_steps, uncertainty=2)[:rows].numpy()
         matrix = np.pad(matrix, ((0, rows - len(matrix)), (2, 0)))
         grey = (255 - matrix * 255 // num_steps).repeat(cell, 0).repeat(cell, 1)

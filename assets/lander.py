@@ -1,0 +1,61 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gymnasium[box2d]", "imageio[ffmpeg]", "numpy"]
+# ///
+"""Records 400 clips of a game, with actions: the lunar lander of Gymnasium.
+
+    uv run assets/lander.py      or: pip install "gymnasium[box2d]"; python assets/lander.py
+
+writes lander/0000.mp4 and lander/0000.actions.npy to lander/0399.*. Frames have 64x64 pixels.
+Actions are one-hot: 0 nothing, 1 the left engine, 2 the main engine, 3 the right engine. Row t
+leads to frame t. It is held for four steps of the simulator, which make one frame: what an engine
+does to the picture grows with the square of the time.
+"""
+
+from pathlib import Path
+
+import gymnasium
+import imageio.v3 as iio
+import numpy as np
+from gymnasium.envs.box2d.lunar_lander import heuristic
+from PIL import Image  # comes with imageio
+
+CLIPS, FRAMES, SHORTEST, STEPS, SIZE, ENGINES = 400, 96, 48, 4, 64, 4
+
+
+def record(env, seed, choose):
+    """-> frames (T, 64, 64, 3) uint8 and one-hot actions (T, 4). choose(t, state) is the action
+    that leads to frame t. A clip goes on after the landing, and ends where the lander leaves the
+    picture. The same seed and actions give the same clip."""
+    state, _ = env.reset(seed=seed)
+    frames, actions = [], []
+    for t in range(FRAMES):
+        action = choose(t, state) if t else 0  # nothing leads to the first frame
+        for _ in range(STEPS if t else 0):
+            state, *_ = env.step(action)
+        if abs(state[0]) > 1 or state[1] > 1.6:
+            break
+        frames.append(np.array(Image.fromarray(env.render()).resize((SIZE, SIZE), Image.BOX)))
+        actions.append(np.eye(ENGINES, dtype=np.float32)[action])
+    return np.stack(frames), np.stack(actions)
+
+
+def pilot(env, rng):
+    """Knows how to land, but now and then keeps an engine at random on for a while."""
+    slips, until, held = rng.uniform(0, 0.1), 0, 0
+
+    def choose(t, state):
+        nonlocal until, held
+        if t >= until and rng.random() < slips:
+            until, held = t + rng.integers(2, 7), int(rng.integers(ENGINES))
+        return held if t < until else heuristic(env, state)
+    return choose
+
+
+if __name__ == "__main__":
+    env, folder = gymnasium.make("LunarLander-v3", render_mode="rgb_array").unwrapped, Path("lander")
+    folder.mkdir(exist_ok=True)
+    clips = (record(env, seed, pilot(env, np.random.default_rng(seed))) for seed in range(2 * CLIPS))
+    for i, (frames, actions) in zip(range(CLIPS), (c for c in clips if len(c[0]) >= SHORTEST)):
+        iio.imwrite(folder / f"{i:04}.mp4", frames, fps=12, macro_block_size=1, quality=9)
+        np.save(folder / f"{i:04}.actions.npy", actions)
