@@ -1067,8 +1067,9 @@ def test_guidance_of_weight_one_or_without_more_noise_changes_nothing(temporal):
                                                    generator=torch.Generator().manual_seed(0))), 1)
     plain = go(model)
     assert torch.allclose(go(df.Guided(model, 1.0, 5.0)), plain, atol=1e-5), "weight 1: D_less + (D - D_less) = D"
-    assert torch.allclose(go(df.Guided(model, 3.0, model.config.context_noise)), plain, atol=1e-5), \
-        "noise up to context_noise: both see the same history"
+    for share in (0.5, 1.0):
+        assert torch.allclose(go(df.Guided(model, 3.0, share * model.config.context_noise)), plain, atol=1e-5), \
+            "noise up to context_noise: both see the same history"
     assert not torch.allclose(go(df.Guided(model, 3.0, 5.0)), plain, atol=1e-2), "more noise and weight: something changes"
 
 
@@ -1782,6 +1783,26 @@ def test_given_frames_do_not_count_in_the_table(monkeypatch, capsys):
     compare.print_table({("", "--steps 3"): [lost[None]], ("", "--batch 8"): [lost[None]]}, [clip], {})
     good = [row.split(" | ")[3] for row in capsys.readouterr().out.splitlines()[2:]]
     assert good == ["1.000", "0.750"], "the first four frames were given, so they do not count; with --batch none was given"
+
+
+@pytest.mark.cli
+def test_clips_between_keyframes_are_measured_by_their_longest_step(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(HERE / "assets")
+    import compare
+    ways = []
+
+    def roll_out(ckpt, way, args, name, num_clips):
+        ways.append(way)
+        clips = np.stack([np.load(tmp_path / f"{name}_{i}.npy") for i in range(num_clips)])
+        clips[:, 8:] = clips[:, :7:-1]  # the second half backwards: a jump in its middle
+        return clips
+
+    monkeypatch.setattr(compare, "roll_out", roll_out)
+    compare.between([Path("model.pt")], Namespace(out=tmp_path))
+    real, jump, *_ = ([float(n) for n in line.split("|")[3:-1]] for line in capsys.readouterr().out.splitlines()[2:])
+    assert [way.split()[-1] for way in ways] == list(df.SCHEDULES), "a two-way model may use any matrix"
+    assert real[0] == jump[0] == 1 and real[3] < 2.3 < jump[3], "the longest step of any ball in any clip"
+    assert iio.imread(tmp_path / "keyframes.png").shape == (2 * 33 * 5, 2 * 33 * 16, 3), "a row for each, 16 frames wide"
 
 
 @pytest.mark.cli

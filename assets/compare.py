@@ -5,6 +5,7 @@
     python assets/compare.py --ckpt assets/balls.pt      rolls a model out in many ways; several
         models are several seeds: each figure is then their mean
     python assets/compare.py --ckpt model.pt --push      how well a model obeys pushes; push.gif
+    python assets/compare.py --ckpt two-way.pt --between two-way models between two given frames
     python assets/compare.py --slow                      balls that hardly move: how far they get
     python assets/compare.py --matrix                    draws three scheduling matrices
 
@@ -27,7 +28,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from diffusion_forcing import scheduling_matrix  # noqa: E402
+from diffusion_forcing import SCHEDULES, scheduling_matrix  # noqa: E402
 from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: found by the above
                    bouncing_balls)
 
@@ -162,10 +163,10 @@ def sample(ckpt, options, contexts, name, args):
     return path
 
 
-def roll_out(ckpt, options, args, context="context"):
+def roll_out(ckpt, options, args, context="context", num_clips=CLIPS):
     """-> clips (N, T, H, W, 3), each from 4 real frames or, with --batch, from nothing. Actions are
     in the side files of the contexts, if there are any."""
-    contexts = [args.out / f"{context}_{i}.npy" for i in range(CLIPS)]
+    contexts = [args.out / f"{context}_{i}.npy" for i in range(num_clips)]
     path = sample(ckpt, options, [] if "--batch" in options else contexts, "r", args)
     files = [path / f"r_{i}.npy" for i in range(len(list(path.glob("r_*.npy"))))]
     return np.stack([np.load(file, allow_pickle=False) for file in files])
@@ -226,6 +227,25 @@ def draw_pushes(clip, push, path, scale=4, frames=4):
     iio.imwrite(path, video, duration=1000 / 15, loop=0)
 
 
+def between(ckpts, args):
+    """Two-way models fill in the 14 frames between the first and the last one of real clips. Prints
+    what `physics` says of them, and the longest step of a ball; draws the first clip, real and
+    filled in, as keyframes.png."""
+    real = bouncing_balls(2 * CLIPS, 16, np.random.default_rng(96))
+    for i, clip in enumerate(real):
+        np.save(args.out / f"between_{i}.npy", clip)
+    ways = [f"--keyframes 0,15 --frames 16 --schedule {kind}" for kind in SCHEDULES]
+    rows = {("real balls", ""): real} | {
+        (ckpt.name, way): roll_out(ckpt, way, args, "between", len(real))
+        for ckpt in ckpts for way in ways}
+    print("| model | sample.py | good | shape | vel | longest step |\n" + "|-" * 6 + "|")
+    for (name, way), clips in rows.items():
+        good, shape, vel, *_ = np.nanmean([physics(clip) for clip in clips], 0)
+        step = max(np.linalg.norm(np.diff(find(c)[0], axis=0), axis=-1).max() for c in clips)
+        print(f"| {name} | {way} | {good:.3f} | {shape:.3f} | {vel:.3f} | {step:.2f} |")
+    draw_strip([clips[0] for clips in rows.values()], args.out / "keyframes.png", 16)
+
+
 def slow(args):
     """Balls at an eighth of the speed: how far they get in the time of 8 frames, as a share of how
     far real ones get; with every frame shown to the network, and with every eighth."""
@@ -280,10 +300,10 @@ def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
     iio.imwrite(path, np.concatenate(panels, 1)[:, : -3 * cell].astype(np.uint8))
 
 
-def draw_strip(clips, path):
-    """16 frames of each clip of full length, a row a clip."""
-    at = np.linspace(0, LENGTHS[-1] - 1, 16).round().astype(int)
-    frames = np.stack([clip[at] for clip in clips if len(clip) == LENGTHS[-1]])  # (row,16,H,W,3)
+def draw_strip(clips, path, length=LENGTHS[-1]):
+    """16 frames of each clip of this length, a row a clip."""
+    at = np.linspace(0, length - 1, 16).round().astype(int)
+    frames = np.stack([clip[at] for clip in clips if len(clip) == length])  # (row,16,H,W,3)
     frames = np.pad(frames, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=90)
     strip = np.concatenate([np.concatenate(row, 1) for row in frames])
     iio.imwrite(path, strip.repeat(2, 0).repeat(2, 1))
@@ -297,6 +317,7 @@ def main():
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
     p.add_argument("--ckpt", type=Path, nargs="+", help="measure these models, and train none")
     p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
+    p.add_argument("--between", action="store_true", help="fill in between two frames with --ckpt")
     p.add_argument("--slow", action="store_true", help="measure balls that hardly move instead")
     p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
@@ -312,6 +333,8 @@ def main():
     ckpts = [path.resolve() for path in args.ckpt or []]
     if args.push:
         return pushes(ckpts, args)
+    if args.between:
+        return between(ckpts, args)
     names = ", ".join(path.stem for path in ckpts)
     wanted = [(names, range(len(ckpts)), WAYS + MORE * (len(ckpts) == 1))] if ckpts else RUNS
     jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
