@@ -2360,7 +2360,7 @@ def test_resuming_with_other_settings_says_which_differ(tmp_path, monkeypatch):
     for words, said in (("--window 3", "--window cannot change: model.resume.pt has 4"), ("--temporal gru", "has attention"),
                         ("--size 32", "has (16, 16)"), ("--clip-frames 5", "has 4"), ("--stride 2", "has 1"),
                         ("--batch 3", "has 2"), ("--forcing teacher", "has diffusion"), ("--context-noise 0.2", "has 0.05"),
-                        ("--seed 1", "has 0")):
+                        ("--seed 1", "has 0"), ("--two-way", "has False")):
         assert said in train_here(monkeypatch, tmp_path, "--resume", *words.split(), code=2), "say what differs"
     assert "step" in train_here(monkeypatch, tmp_path, *"--resume --steps 2 --lr 1e-5".split()), "the length may change"
 
@@ -2484,6 +2484,7 @@ def test_a_two_way_model_fills_in_what_lies_between_keyframes(tmp_path, monkeypa
     config = df.load_checkpoint(tmp_path / "model.pt")[0].config
     assert (config.causal, config.P_mean, config.alternating) == (False, Config.P_mean, 0.5), "else as any Diffusion Forcing"
     assert told[-1][1:] == (4, 3, None), "its preview is one clip, from real frames"
+    assert len(told[-1][0][0]) == 1, "its matrix is for the frames after those"
     write(tmp_path / "a.npy", clip := balls(1, 6)[0])
     words, told[:] = "--context a.npy --out o.npy --steps 2 --device cpu".split(), []
     for more, given in (("--keyframes 0,3", [0, 3]), ("--keyframes 3 --context-frames 1", [0, 3]), ("--keyframes 1", [1])):
@@ -2494,9 +2495,9 @@ def test_a_two_way_model_fills_in_what_lies_between_keyframes(tmp_path, monkeypa
     assert [call[2] for call in told] == [0, 1, 0], "with keyframes, there is a context only if it is asked for"
     assert told[0][0] == df.scheduling_matrix("full_sequence", 4, 2).tolist(), "one copy of the matrix"
     told.clear()
-    here(sample, *words, *"--schedule trapezoid --uncertainty 1 --keyframes 4 --frames 3 --context-frames 1".split(), cwd=tmp_path, code=2)
-    here(sample, *words, *"--schedule trapezoid --uncertainty 1 --keyframes 3 --context-frames 1".split(), cwd=tmp_path)
-    assert told[-1][0] == df.scheduling_matrix("trapezoid", 3, 2, 1).tolist(), "the matrix is for what comes after the context"
+    here(sample, *words, *"--schedule trapezoid --uncertainty 2 --keyframes 4 --frames 3 --context-frames 1".split(), cwd=tmp_path, code=2)
+    here(sample, *words, *"--schedule trapezoid --uncertainty 3 --keyframes 3 --context-frames 1".split(), cwd=tmp_path)
+    assert told[-1][0] == df.scheduling_matrix("trapezoid", 3, 2, 3).tolist(), "the matrix is for what comes after the context"
     random = random_denoiser(height=16, width=16)
     df.save_checkpoint(tmp_path / "causal.pt", random.config, random.state_dict())
     for what, more, said in [("frames of no clip", "--ckpt causal.pt --keyframes 1 --out o.npy", "--context"),
