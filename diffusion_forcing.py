@@ -7,7 +7,7 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   3. In sampling you choose the mixture. A matrix of levels says how noisy each frame is at each
      step: one row for each step, one column for each frame.
   4. "Frame after frame", "all frames together" and everything between: only the matrix differs.
-  5. Finished frames enter the state of the network. It does not grow: a rollout can go on for ever.
+  5. Finished frames enter the state of the network. It does not grow: a rollout may never end.
 
 Training: sigma, the noise of each frame, in three clips. Sampling: three matrices (S = 4 steps).
 
@@ -22,7 +22,7 @@ Training: sigma, the noise of each frame, in three clips. Sampling: three matric
 Why history carries noise: generated frames are slightly wrong, and the errors would grow from frame
 to frame. A little noise hides them, and the network is told how much. The noise is really added,
 because in training every frame has exactly the noise that its label says. Given frames get it too:
-history looks always the same. The price: fine details of the past are lost. (Paper: stabilization.)
+history always looks the same. The price: fine details of the past are lost. (Paper: stabilization.)
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -32,8 +32,8 @@ Glossary
   D               what the denoiser says: the mean of all clean frames that fit the noisy ones
   S, k            sampling steps of one frame; a level k in 0..S, where 0 is clean, S pure noise
   K (M+1, T)      scheduling matrix of M steps: K[m, t] is the level of frame t before step m
-  context         the given frames that a rollout goes on from; a keyframe is given anywhere else
-  history         finished frames, and context, as the network sees them: with a little noise
+  context         given frames at the start of a video; keyframes: later ones (two-way models only)
+  history         all given and finished frames, as the network sees them: with a little noise
   state           what the network keeps of the history: keys and values, or a hidden state
   in flight       started and not yet finished: the frames that a sampling step works on
 
@@ -101,7 +101,7 @@ class Config:
     sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
     sigma_max: float = 80.0          # and then to 0
     rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
-    context_noise: float = 0.05      # sigma of all history, also of finished frames: see the top
+    context_noise: float = 0.05      # sigma of all history, given or generated: see the top
 
     def __post_init__(self):
         self.dim_mults = tuple(self.dim_mults)
@@ -200,7 +200,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
     `forcing` selects the training paradigm, and nothing else changes:
       "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
-      "teacher"        next-frame prediction: the frames before it have context_noise, like history.
+      "teacher"        next-frame prediction: the frames before each have context_noise, as history.
     sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t. With
     ExpectedLoss, each frame counts as loss / exp(u) + u. Raises ValueError for what does not fit.
     """
@@ -210,7 +210,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
     need(sigma is drawn or sigma.shape == (B, T) and (sigma > 0).all(),
          f"sigma is {tuple(sigma.shape)}; ({B}, {T}) numbers above 0 are needed")
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
-    history, sigma_past = None, sigma  # sigma_past: the sigma with which later frames see a frame
+    history, sigma_past = None, sigma  # sigma_past: the sigma with which others see a frame
     if forcing == "teacher":
         sigma_past = torch.full_like(sigma, config.in_frame_units(config.context_noise))
         history = (x + per_frame(sigma_past) * randn(x.shape, x, generator), sigma_past)
@@ -226,7 +226,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion",
 
 class ExpectedLoss(nn.Module):
     """-> u (B, T): exp(u) is the loss to be expected of a frame, from its own sigma (B, T) and from
-    sigma_past (B, T) of the four frames before it (two-way: and after it). Only for training.
+    sigma_past (B, T) of the four frames before it (two-way: and of the four after). For training.
 
     A frame with little noise, or after nearly clean ones, often has a far smaller loss than others.
     A plain mean is mostly about the others; a rollout needs the former. Divided by what is
@@ -268,17 +268,17 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
-      "trapezoid"       a pyramid from both ends to the middle: for two-way models only
+      "trapezoid"       a pyramid from both ends, u min(t, T - 1 - t): for two-way models only
 
     One call of the network serves all frames in flight, in a pyramid about S / u. So T frames take
-    S + floor(u (T - 1)) calls, to fill and to drain it too. An endless one takes u for each frame:
+    S + floor(u (T - 1)) calls: it has to fill and to drain. An endless one takes u calls for each:
     rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u).
     """
     need(kind in SCHEDULES, f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
     need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
     u = {"full_sequence": 0, "autoregressive": num_steps}.get(kind, uncertainty)
-    last = num_frames - 1 if kind == "trapezoid" else math.inf
+    last = num_frames - 1 if kind == "trapezoid" else math.inf  # infinite: min is t
     start = torch.tensor([math.floor(u * min(t, last - t)) for t in range(num_frames)])  # (T,)
     m = torch.arange(num_steps + int(start.max()) + 1)  # (M+1,)
     return (num_steps + start - m[:, None]).clamp(0, num_steps)
@@ -303,18 +303,18 @@ def sample(model, matrix, context=None, **options):
 
 def rollout(model, matrix, num_frames, context=None, *, period=None, keyframes=None, actions=None,
             batch_size=1, solver="multistep", generator=None, config=None):
-    """Algorithm 2 of the paper -> iterator over num_frames frames (B, C, H, W): first the context,
-    then each frame as soon as it is finished. Memory and the time for a frame do not grow.
+    """Algorithm 2 of the paper -> iterator over num_frames frames (B, C, H, W), context first: each
+    as soon as it and all before it are finished. Memory and the time for a frame do not grow.
     model       anything that is called like Denoiser.forward; config defaults to model.config
     matrix      (M+1, T) integers, from a row of S to a row of 0; see endless_level for period
     period      rows between the starts of two copies; default M: when the last copy is finished
     num_frames  counts the context; None: go on for ever, or until the actions end
     context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
-    keyframes   {t: (B, C, H, W)}, other given frames t of the video, for a two-way model
+    keyframes   {t: (B, C, H, W)}, given frames t after the context, in place of those of the matrix
     actions     (B, num_frames or more, action_dim), or an iterator over (B, action_dim), whose end
                 ends the rollout. Row t leads to frame t, from frame 0 on. It is asked for when
                 frame t joins: after frame t - 1 was given out (in a pyramid, frame t - S / u)
-    A two-way model (causal=False) keeps no state: it can roll out one copy, within its window.
+    A two-way model (causal=False) keeps no state: all frames are in each call, those of one copy.
     Raises ValueError for what cannot work, before anything is computed.
     """
     config = config or model.config
@@ -334,15 +334,15 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, keyframes=N
     need(num_frames is None or num_frames >= max(num_context, 1), f"num_frames is {num_frames}; "
          f"it counts the {num_context} frames of context, and is at least 1")
     need(solver in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed")
-    matrix = matrix.cpu()
-    period = check_matrix(matrix, period, config.causal)
+    period = check_matrix(matrix := matrix.cpu(), period, config.causal)
     longest = math.inf if config.causal else min(num_context + matrix.shape[1], config.window)
-    need((num_frames or math.inf) <= longest, f"num_frames is {num_frames}; a two-way model "
-         f"(causal=False) rolls out one copy of the matrix, within its window: here {longest}")
+    need((num_frames or math.inf) <= longest, f"num_frames is {num_frames}; a two-way model rolls "
+         f"out one copy of the matrix, within its window: here {longest}")
     need(not keyframes or not config.causal, "keyframes need a two-way model (causal=False)")
-    for t, frame in (keyframes := keyframes or {}).items():
-        need(t in range(num_context, num_frames) and frame.shape == (B, *size), f"keyframe {t} is "
-             f"{tuple(frame.shape)}; t in {num_context}..{num_frames - 1}, {(B, *size)} is needed")
+    for t, x in (keyframes := keyframes or {}).items():
+        need(t in range(num_context, num_frames), f"keyframe {t} is in the context or beyond the end")
+        need((x.dtype, x.shape) == (context.dtype, (B, *size)), f"keyframe {t} is {x.dtype} "
+             f"{tuple(x.shape)}; {context.dtype} {(B, *size)} is needed")
     return roll(model, matrix.tolist(), num_frames, context, keyframes, period, actions, solver,
                 generator, config)
 
@@ -359,7 +359,7 @@ def check_matrix(matrix, period, causal):
     next_copy = matrix[(torch.arange(len(matrix)) - math.floor(period)).clamp(min=0), 0]
     in_order = (matrix.diff(dim=1) >= 0).all() and (next_copy >= matrix[:, -1]).all()
     need(in_order or not causal, "for a causal model, in no row may a frame be cleaner than one "
-         f"before it: take another matrix, or a longer period than {period}")
+         f"before it: take another matrix or, if copies clash, a longer period than {period}")
     return period
 
 
@@ -375,8 +375,8 @@ class Frame:
 
 
 def all_frames(given, num_frames, actions, sigma_max, noise):
-    """-> iterator over every Frame: as given, {t: x}, or else pure noise. The action of a frame is
-    asked for with the frame itself. It ends after num_frames, or where the actions end."""
+    """-> iterator over every Frame: x is that of `given`, {t: x}, or pure noise. The action of each
+    is asked for with it. It ends after num_frames, or where the actions end."""
     numbers = itertools.count() if num_frames is None else range(num_frames)
     for t, action in zip(numbers, itertools.repeat(None) if actions is None else actions):
         x = given[t] if t in given else sigma_max * noise()
@@ -401,7 +401,7 @@ def roll(model, matrix, num_frames, context, keyframes, period, actions, solver,
             yield frames[given_out - joined].x.clone()  # counted from the last frame
             given_out += 1
         # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
-        # not move, and nobody sees it, as no later frame has started. (Two-way: all at once.)
+        # not move, and nobody sees it, as no later frame has started. (Two-way: all see all.)
         while not ended and (level(row + 1, joined) < S or not config.causal):
             new = list(itertools.islice(upcoming, 1))  # nothing, if the video ends here
             frames, joined, ended = frames + new, joined + len(new), not new
@@ -434,34 +434,34 @@ def roll(model, matrix, num_frames, context, keyframes, period, actions, solver,
         for i, frame in enumerate(frames):
             if now[i] != after[i]:  # a held frame keeps every bit (a finished one: x is 0 / 0 here)
                 frame.x, frame.D, frame.s_last = x[:, i], D[:, i], float(s[i])
-        frames = frames[finished:]  # those before it are in the state: not needed here any more
+        frames = frames[finished:]  # the others are in the state now
 
 
 # ==== 7. Guidance is a wrapper around the denoiser: no loop needs to know of it. =================
 
 class Guided(nn.Module):
     """A causal denoiser whose history counts for more: D_less + weight (D - D_less). D_less sees
-    the history through noise of up to `noise`, in the unit of Config: sigma_max hides all of it,
-    less hides its details. Weight 1, or a noise up to context_noise, changes nothing. Called like
+    the history through noise of at least `noise`, in the unit of Config: sigma_max hides all of it,
+    less hides its details. Weight 1, or a noise up to context_noise, leaves D as it is. Called like
     Denoiser; the state is that of 2B clips. (History guidance, Song et al., arXiv 2502.06764.)
-    Hiding all of it may go too far: where a frame is about .9 of the one before it, weight 1.5
-    makes it 1.08, and a long rollout explodes."""
+    Hiding all of it may go too far: if a frame is .9 of the one before it, plus Gaussian chance,
+    then with weight 1.5 it becomes 1.08 of it, and a long rollout explodes."""
 
     def __init__(self, model, weight, noise, generator=None):
         super().__init__()
-        need(model.config.causal, "history guidance: a two-way model has no history")
+        need(model.config.causal, "history guidance: a two-way model keeps no history in a state")
         self.model, self.config, self.generator = model, model.config, generator
         self.weight, self.noise = weight, self.config.in_frame_units(noise)
 
     def forward(self, x, sigma, state=None, *, actions=None, commit=None):
-        """As Denoiser.forward. History: the frames of this call that enter the state."""
-        less, label = x.clone(), sigma.clone()
-        past, s = less[:, :commit], sigma[:, :commit]  # (B,n,C,H,W), a view, and (B,n)
-        label[:, :commit] = s.clamp(min=self.noise)
-        more = (label[:, :commit] ** 2 - s**2).sqrt()  # variances add up
-        past += per_frame(more) * randn(past.shape, x, self.generator)
+        """As Denoiser.forward. History gets its noise once, in the call in which it enters."""
+        less, sigma_less = x.clone(), sigma.clone()
+        history, s = less[:, :commit], sigma[:, :commit]  # (B,n,C,H,W), a view of less; (B,n)
+        sigma_less[:, :commit] = s.clamp(min=self.noise)
+        more = (sigma_less[:, :commit] ** 2 - s**2).sqrt()  # variances add up
+        history += per_frame(more) * randn(history.shape, x, self.generator)
         told = None if actions is None else torch.cat([actions, actions])
-        D, state = self.model(torch.cat([x, less]), torch.cat([sigma, label]), state,
+        D, state = self.model(torch.cat([x, less]), torch.cat([sigma, sigma_less]), state,
                               actions=told, commit=commit)
         D, D_less = D.chunk(2)
         return torch.lerp(D_less, D, self.weight), state
@@ -529,7 +529,7 @@ class Denoiser(nn.Module):
     def network(self, x, c_noise, state, actions, commit, two_streams):
         """F of EDM. All frames go through it as a batch of B*T; only the mixers know of time."""
         B, T = x.shape[:2]
-        angle = c_noise[..., None] * self.frequency  # (B,T,E/4)
+        angle = c_noise[..., None] * self.frequency  # (B,T,E/4), E: width of the embedding
         emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], -1))  # (B,T,E)
         if self.embed_action is not None:
             zeros = emb.new_zeros(B, T, self.config.action_dim)
@@ -594,7 +594,7 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
         self.head_dim, self.window, self.causal = head_dim, window, causal
-        # Its bias is a constant in q and in k. Once both are rotated, their product depends on the
+        # The bias is a constant in q and in k. Once both are rotated, their product depends on the
         # distance in time alone, so a head can look "n frames back", whatever the frames show.
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = zero(nn.Linear(dim, dim))

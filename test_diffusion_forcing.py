@@ -957,6 +957,7 @@ def test_keyframes_are_shown_as_history_is_and_come_out_as_they_went_in():
         ("a keyframe in the context", spy, dict(keyframes={0: clip[:, 0]})),
         ("a keyframe beyond the end", spy, dict(keyframes={6: clip[:, 3]})),
         ("a keyframe before the beginning", spy, dict(keyframes={-1: clip[:, 3]})),
+        ("a keyframe of bytes", spy, dict(keyframes={3: clip[:, 3].byte()})),
         ("a keyframe of another size", spy, dict(keyframes={3: clip[:, 3, :, :4]})),
         ("keyframes of two clips for one", spy, dict(keyframes={3: clip[0, 3:5]})),
         ("a trapezoid for a causal model", causal, dict(matrix=df.scheduling_matrix("trapezoid", 5, 2))),
