@@ -340,7 +340,7 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, keyframes=N
          f"out one copy of the matrix, within its window: here {longest}")
     need(not keyframes or not config.causal, "keyframes need a two-way model (causal=False)")
     for t, x in (keyframes := keyframes or {}).items():
-        need(t in range(num_context, num_frames), f"keyframe {t} is in the context or beyond the end")
+        need(t in range(num_context, num_frames), f"keyframe {t} is in the context or past the end")
         need((x.dtype, x.shape) == (context.dtype, (B, *size)), f"keyframe {t} is {x.dtype} "
              f"{tuple(x.shape)}; {context.dtype} {(B, *size)} is needed")
     return roll(model, matrix.tolist(), num_frames, context, keyframes, period, actions, solver,
