@@ -403,8 +403,8 @@ def load_inputs(args, config, stride):
         clips = [read_clip(c, config.height, config.width, (length - 1) * stride + 1)[::stride]
                  for c in args.context]
         for path, clip in zip(args.context, clips):
-            need(len(clip) == length, f"{path} is too short: {length} frames are needed"
-                 + f", every {stride}th of the clip" * (stride > 1))
+            need(len(clip) == length, f"{path} is too short: --context-frames and --keyframes need "
+                 f"{length} frames" + f", every {stride}th of the clip" * (stride > 1))
         clip = to_frames(np.stack([clips[i % len(clips)] for i in range(args.batch)]), args.device)
         context, keyframes = clip[:, : args.context_frames], {t: clip[:, t] for t in args.keyframes}
     if not config.action_dim:
