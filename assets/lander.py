@@ -7,9 +7,8 @@
     uv run assets/lander.py      or: pip install "gymnasium[box2d]"; python assets/lander.py
 
 writes lander/0000.mp4 and lander/0000.actions.npy to lander/0399.*. Frames have 64x64 pixels.
-Actions are one-hot: 0 nothing, 1 the left engine, 2 the main engine, 3 the right engine. Row t
-leads to frame t. It is held for four steps of the simulator, which make one frame: what an engine
-does to the picture grows with the square of the time.
+Actions are one-hot: 0 nothing, 1 left engine, 2 main engine, 3 right engine. Row t leads to frame
+t: four steps of the simulator, as an engine's effect grows with the square of the time.
 """
 
 from pathlib import Path
