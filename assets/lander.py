@@ -52,9 +52,9 @@ def pilot(env, rng):
 
 
 if __name__ == "__main__":
-    env, folder = gymnasium.make("LunarLander-v3", render_mode="rgb_array").unwrapped, Path("lander")
-    folder.mkdir(exist_ok=True)
-    clips = (record(env, seed, pilot(env, np.random.default_rng(seed))) for seed in range(2 * CLIPS))
+    env = gymnasium.make("LunarLander-v3", render_mode="rgb_array").unwrapped
+    (folder := Path("lander")).mkdir(exist_ok=True)
+    clips = (record(env, seed, pilot(env, np.random.default_rng(seed))) for seed in range(999))
     for i, (frames, actions) in zip(range(CLIPS), (c for c in clips if len(c[0]) >= SHORTEST)):
         iio.imwrite(folder / f"{i:04}.mp4", frames, fps=12, macro_block_size=1, quality=9)
         np.save(folder / f"{i:04}.actions.npy", actions)
