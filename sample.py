@@ -476,9 +476,8 @@ def main():
         need(schedule == "full_sequence" or not args.tile,
              f"--tile is for --schedule full_sequence only, not for {schedule}")
         context, keyframes, actions = load_inputs(args, config, extra.get("stride", 1))
-        tile = args.tile or config.clip_frames
-        if not config.causal:  # all that is new, in one piece
-            tile = max(1, args.frames - args.context_frames)
+        tile = args.tile or (config.clip_frames if config.causal else  # two-way: all that is new
+                             max(1, args.frames - args.context_frames))
         matrix, period = matrix_for(schedule, tile, args.steps, args.uncertainty, not config.causal)
         roll = lambda context, actions, seed, batch_size: rollout(
             model, matrix, args.frames, context, period=period, keyframes=keyframes,
