@@ -19,34 +19,34 @@ import numpy as np
 from gymnasium.envs.box2d.lunar_lander import heuristic
 from PIL import Image  # comes with imageio
 
-CLIPS, FRAMES, SHORTEST, STEPS, SIZE, ENGINES = 400, 96, 48, 4, 64, 4
+CLIPS, FRAMES, SHORTEST, STEPS, SIZE, ENGINES, TOP = 400, 96, 48, 4, 64, 4, 1.35
 
 
 def record(env, seed, choose):
     """-> frames (T, 64, 64, 3) uint8 and one-hot actions (T, 4). choose(t, state) is the action
-    that leads to frame t. A clip goes on after the landing, and ends where the lander leaves the
-    middle of the picture, a square. The same seed and actions give the same clip."""
+    that leads to frame t. A clip begins once the lander is below the top of the picture, goes on
+    after the landing, and ends where the lander leaves the middle of the picture, a square. The
+    same seed and actions give the same clip."""
     state, _ = env.reset(seed=seed)
-    frames, actions = [], []
-    for t in range(FRAMES):
-        action = choose(t, state) if t else 0  # nothing leads to the first frame
-        for _ in range(STEPS if t else 0):
+    frames, actions, action = [], [], 0
+    while len(frames) < FRAMES and abs(state[0]) < 2 / 3 and (state[1] < TOP or not frames):
+        if state[1] < TOP:
+            frames.append(Image.fromarray(env.render()[:, 100:500]).resize((SIZE, SIZE), Image.BOX))
+            actions.append(np.eye(ENGINES, dtype=np.float32)[action])
+        action = choose(len(frames), state)
+        for _ in range(STEPS):
             state, *_ = env.step(action)
-        if abs(state[0]) > 2 / 3 or state[1] > 1.6:
-            break
-        frames.append(Image.fromarray(env.render()[:, 100:500]).resize((SIZE, SIZE), Image.BOX))
-        actions.append(np.eye(ENGINES, dtype=np.float32)[action])
-    return np.stack(frames), np.stack(actions)
+    return np.array(frames), np.array(actions)
 
 
 def pilot(env, rng):
     """Knows how to land, but now and then keeps an engine at random on for a while."""
-    slips, until, held = rng.uniform(0, 0.1), 0, 0
+    slips, until, held = rng.uniform(0, 0.05), 0, 0
 
     def choose(t, state):
         nonlocal until, held
         if t >= until and rng.random() < slips:
-            until, held = t + rng.integers(2, 7), int(rng.integers(ENGINES))
+            until, held = t + rng.integers(2, 16), int(rng.integers(ENGINES))
         return held if t < until else heuristic(env, state)
     return choose
 

@@ -1,0 +1,108 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gymnasium[box2d]", "torch", "torchvision", "numpy", "tqdm", "imageio[ffmpeg]"]
+# ///
+"""Measures a model of the lander against the simulator: same starts, same actions.
+
+    python assets/lander_check.py lander.pt
+
+First, eight flights of 256 frames, none of which lander.py records: the model gets their first four
+frames and all actions, and goes on by itself, as sample.py does. Then sixteen flights of 10 frames,
+after which one engine, or none, is held for 20 frames, as in sample.py --play. Writes the former to
+lander_check.npy: the flights above, the rollouts below.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lander  # noqa: E402: it is beside this file
+from diffusion_forcing import load_checkpoint, rollout  # noqa: E402: found by the above
+from sample import matrix_for, to_bytes, to_frames  # noqa: E402
+
+ENGINES = ("none", "left", "main", "right")
+FLIGHTS, LENGTH, CONTEXT = 8, 256, 4
+STARTS, BEFORE, HELD = 16, 10, 20
+LAST, SEEDS = slice(-64, None), range(1000, 1100)  # the last quarter; lander.py has seeds below 999
+
+
+def fly(env, seed, num_frames, size, engine=None):
+    """-> frames (T, H, W, 3) uint8 and actions (T, 4) of a flight; None if it leaves the picture.
+    engine: what is held after BEFORE frames, in place of what the pilot does."""
+    pilot, lander.FRAMES = lander.pilot(env, np.random.default_rng(seed)), num_frames
+    frames, actions = lander.record(env, seed, lambda t, state: pilot(t, state) if
+                                    engine is None or t < BEFORE else engine)
+    if len(frames) == num_frames:
+        x = TF.resize(torch.from_numpy(frames).movedim(-1, 1), list(size)).movedim(1, -1)
+        return x.numpy(), actions
+
+
+def roll(model, schedule, frames, actions, num_context):
+    """-> uint8 (N, T, H, W, 3), from the first frames of each flight, with its actions."""
+    matrix, period = matrix_for(schedule, 1)
+    x = rollout(model, matrix, frames.shape[1], to_frames(frames[:, :num_context]), period=period,
+                actions=torch.from_numpy(actions), generator=torch.Generator().manual_seed(0))
+    return np.stack([to_bytes(frame) for frame in x], 1)
+
+
+def body(clips):
+    """Of the lander in frames (..., H, W, 3): its area and its centre (x, y), in pixels, y upwards.
+    Nothing else has more blue than green."""
+    weight = (clips[..., 2].astype(float) - clips[..., 1]) / 128
+    weight = np.where(weight > 0.25, weight, 0)
+    y, x = np.mgrid[weight.shape[-2] : 0 : -1, : weight.shape[-1]]
+    area = weight.sum((-2, -1))
+    centre = np.stack([(weight * x).sum((-2, -1)), (weight * y).sum((-2, -1))], -1)
+    return area, centre / np.maximum(area, 1e-9)[..., None]
+
+
+def ground(clips):
+    """How many pixels of each column of frames (..., H, W, 3) are white -> (..., W)."""
+    return (clips.min(-1) > 128).sum(-2)
+
+
+def main():
+    model, _ = load_checkpoint(sys.argv[1])
+    size = (model.config.height, model.config.width)
+    env = gymnasium.make("LunarLander-v3", render_mode="rgb_array").unwrapped
+    flights = filter(None, (fly(env, seed, LENGTH, size) for seed in SEEDS))
+    real, actions = map(np.stack, zip(*itertools.islice(flights, FLIGHTS)))
+    rolled = roll(model, "pyramid", real, actions, CONTEXT)
+    both = [np.concatenate([*clips], 2) for clips in (real, rolled)]  # (T,H,N*W,3) each
+    np.save("lander_check.npy", np.concatenate(both, 1))
+    whole, truth = np.median(body(real)[0]), np.median(ground(real), 1, keepdims=True)
+    print("| | ground off in the last quarter, pixels | frames with a lander | flights with one in "
+          "every frame |\n|-|-|-|-|")
+    for name, clips in (("simulator", real), ("model", rolled)):
+        area = body(clips)[0][:, CONTEXT:] / whole
+        seen = (area > 0.25) & (area < 2)
+        print(f"| {name} | {abs(ground(clips) - truth)[:, LAST].mean():.2f} | {seen.mean():.3f} | "
+              f"{seen.all(1).sum()} of {len(seen)} |")
+
+    starts = ([fly(env, seed, BEFORE + HELD, size, engine) for engine in range(len(ENGINES))]
+              for seed in SEEDS)
+    starts = [*itertools.islice((start for start in starts if all(start)), STARTS)]
+    ends = []  # (N, 2, 2) for each engine: simulator and model, x and y
+    for flights in zip(*starts):
+        real, actions = map(np.stack, zip(*flights))
+        rolled = roll(model, "autoregressive", real, actions, BEFORE)
+        ends.append(np.stack([body(clips[:, -1])[1] for clips in (real, rolled)], 1))
+    print(f"\n| engine | simulator: right, up | model: right, up | pixels after {HELD} frames, "
+          "against no engine |\n|-|-|-|-|")
+    for name, end in zip(ENGINES[1:], ends[1:]):
+        moved = end - ends[0]
+        (x, y), (x_model, y_model) = moved.mean(0)
+        axis = int(name == "main")
+        same = (np.sign(moved[:, 0, axis]) == np.sign(moved[:, 1, axis])).sum()
+        print(f"| {name} | {x:.1f}, {y:.1f} | {x_model:.1f}, {y_model:.1f} | to the same side in "
+              f"{same} of {len(moved)} |")
+
+
+if __name__ == "__main__":
+    main()
