@@ -17,12 +17,10 @@ Training: sigma, the noise of each frame, in three clips. Sampling: three matric
     .05  .62  .19  31.  .33  .07       2 4 4 4           2 4 4 4           2 2 2 2       |
                                        1 4 4 4           1 3 4 4           1 1 1 1       |
                                        0 4 4 4           0 2 4 4           0 0 0 0       v
-                                       0 3 4 4           0 1 3 4
                                          ...               ...
-Why history carries noise: generated frames are slightly wrong, and the errors would grow from frame
-to frame. A little noise hides them, and the network is told how much. The noise is really added,
-because in training every frame has exactly the noise that its label says. Given frames get it too:
-history always looks the same. The price: fine details of the past are lost. (Paper: stabilization.)
+Why history carries noise: generated frames are slightly wrong, and the errors would grow. A little
+noise hides them, and the network is told how much. It is really added, to given frames, too, as in
+training each frame has the noise of its label. The price: details are lost. (Paper: stabilization.)
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -38,10 +36,9 @@ Glossary
   in flight       started and not yet finished: the frames that a sampling step works on
 
 Departures from the paper: sigma, preconditioning, weighting and steps without randomness are those
-of EDM (Karras et al., arXiv 2206.00364), not those of DDPM; loss weights are learned; a step may
-use the D of the last step (DPM-Solver++); attention with a cache can take the place of the GRU,
-which works at every place of a U-Net (paper: convolutional); rows of the matrix are in the order of
-sampling; noise on history is really added; in half of the training clips, noise takes turns.
+of EDM, not those of DDPM; loss weights are learned; a step may use the D of the last step; a GRU,
+or attention with a cache, works at every place of a U-Net (paper: a convolutional GRU); rows of the
+matrix are in the order of sampling; in half of the training clips, noise takes turns.
 
 Does not include: autoencoders, text conditioning, discrete levels of noise. For latents in place
 of pixels, set channels, height and width of Config to theirs and patch = 1, and measure data_mean
@@ -142,18 +139,23 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
 
     Every frame has its own sigma, independent of all others (paper, Algorithm 1). With forcing
     "full_sequence", all frames of a clip share one. The device is that of the generator.
-    One exception: actions are learned from noisy frames after clean ones, and those are rare. So,
-    with "diffusion", in config.alternating of the clips sigmas below and above the median take
-    turns. The distribution of each sigma stays the same. Raises ValueError for another forcing.
+    One exception, for what would be rare: with "diffusion", in config.alternating of the clips,
+    sigmas below and above the median take turns, as actions are learned from noisy frames after
+    clean ones. Two-way models have to fill gaps: there, the noisy frames are any, with one sigma.
+    The distribution of each sigma stays the same. Raises ValueError for another forcing.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
     device = generator.device if generator else None
     normal = torch.randn(shape, generator=generator, device=device)
     if forcing == "diffusion":
-        draw = torch.rand((batch_size, 1), generator=generator, device=device)
-        turn = torch.arange(num_frames, device=device) + (draw < config.alternating / 2)  # (B,T)
-        normal = torch.where(draw < config.alternating, normal.abs() * (-1) ** turn, normal)
+        rand = lambda *size: torch.rand(size, generator=generator, device=device)
+        draw, much = rand(batch_size, 1), normal.abs()  # much: above the median
+        noisy = (torch.arange(num_frames, device=device) + (draw < config.alternating / 2)) % 2 == 0
+        if not config.causal:
+            noisy, much = rand(*shape) < rand(batch_size, 1), much[:, :1]
+        turns = torch.where(noisy, much, -normal.abs())
+        normal = torch.where(draw < config.alternating, turns, normal)
     sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
     return sigma.expand(batch_size, num_frames)
 
@@ -170,7 +172,6 @@ def per_frame(v):
 
 
 # ==== 3. EDM preconditioning and weighting (arXiv 2206.00364, Table 1). F is the network: ========
-#
 #    D(x; sigma) = mu + c_skip (x - mu) + c_out F(c_in (x - mu); c_noise)
 #
 #    The input and the target of F have unit variance at every sigma. The target is about minus the
@@ -580,7 +581,6 @@ class Block(nn.Module):
 
 
 # ==== 9. Temporal mixers: x (N, T, C) -> (N, T, C), and the state after `commit` frames. ==========
-#
 #    Streaming is exact: 16 frames in one call, or 5, then 1, then 10 with the state handed on, give
 #    the same numbers (but for rounding), also past the window: the state keeps all that the next
 #    frame may see. two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A

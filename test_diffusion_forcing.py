@@ -115,6 +115,26 @@ def test_in_a_share_of_the_clips_little_and_much_noise_take_turns():
 
 
 @pytest.mark.noise
+def test_a_two_way_model_learns_gaps_of_any_length_between_frames_with_little_noise():
+    config = tiny(alternating=1.0, P_mean=2.5, P_std=0.7, causal=False)
+    median = 2.5 + math.log(units(config))
+    log = df.sample_noise_levels(8000, 6, config, generator=torch.Generator().manual_seed(0)).log()
+    noisy = log > median
+    for clip, much in zip(log[:200], noisy):
+        assert not much.any() or clip[much].max() - clip[much].min() < 1e-5, "the noisy frames of a clip share one sigma"
+        assert len(clip[~much].unique()) == (~much).sum(), "each of the others has a sigma of its own"
+    count = noisy.sum(1).bincount(minlength=7) / 8000
+    assert (abs(count - 1 / 7) < 0.015).all(), "0, 1 ... 6 noisy frames are as likely: the share is uniform"
+    two = noisy[noisy.sum(1) == 2].float().mean(0)
+    assert (abs(two - 1 / 3) < 0.06).all(), "any frames may be the noisy ones, not only neighbours or every second"
+    assert (abs(log.mean(0) - median) < 0.04).all() and abs(log.std(0) - 0.7).max() < 0.03, "each frame alone is log-normal"
+    config = tiny(alternating=0.3, causal=False)
+    log = df.sample_noise_levels(8000, 6, config, generator=torch.Generator().manual_seed(0)).log()
+    shared = torch.stack([log[:, i] == log[:, j] for i, j in itertools.combinations(range(6), 2)]).any(0).float().mean()
+    assert abs(shared - 0.3 * 5 / 7) < 0.03, "alternating is the share of such clips, of which 5 in 7 have two noisy frames or more"
+
+
+@pytest.mark.noise
 def test_levels_are_log_normal_in_frame_units():
     config = tiny(P_mean=2.5, P_std=0.7)
     log = df.sample_noise_levels(20000, 1, config, generator=torch.Generator().manual_seed(0)).log()
