@@ -444,6 +444,35 @@ def check(args):
     return paths
 
 
+def load_model(args):
+    """-> the denoiser, with guidance if that is asked for, and what else is in the checkpoint."""
+    model, extra = load_checkpoint(args.ckpt, args.device)
+    config = model.config
+    config.context_noise = args.context_noise or config.context_noise
+    if args.guidance:
+        model = Guided(model, args.guidance, args.guidance_noise,
+                       torch.Generator(args.device).manual_seed(args.seed + 1))
+    return model, extra
+
+
+def choose_matrix(args, config, forcing):
+    """-> matrix and period for `rollout`, and the number of frames, as they suit the model where
+    nothing else is asked for. Raises ValueError for what it cannot do."""
+    schedule, num_frames = args.schedule or schedule_for(forcing, config), args.frames
+    if args.play:
+        need(config.action_dim, f"--play: {args.ckpt} was trained without actions")
+        need(config.causal, f"--play: {args.ckpt} looks both ways, and makes whole clips only")
+        schedule = "autoregressive"  # only so does an action show in the next frame
+    elif not num_frames:
+        whole = forcing == "full_sequence" or not config.causal
+        num_frames = config.clip_frames if whole else 256
+    need(schedule == "full_sequence" or not args.tile,
+         f"--tile is for --schedule full_sequence only, not for {schedule}")
+    tile = args.tile or (config.clip_frames if config.causal else  # two-way: all that is new
+                         max(1, num_frames - args.context_frames))
+    return *matrix_for(schedule, tile, args.steps, args.uncertainty, not config.causal), num_frames
+
+
 def main():
     args = parse_args()
     args.batch = max(args.batch, len(args.context))
@@ -458,27 +487,11 @@ def main():
             return [print(*[0] * args.context_frames, *row) for row in matrix.tolist()]
         paths = check(args)
         args.device = find_device(args.device)
-        model, extra = load_checkpoint(args.ckpt, args.device)
+        model, extra = load_model(args)
         config = model.config
-        config.context_noise = args.context_noise or config.context_noise
-        if args.guidance:
-            model = Guided(model, args.guidance, args.guidance_noise,
-                           torch.Generator(args.device).manual_seed(args.seed + 1))
         forcing = extra.get("forcing", "diffusion" if config.causal else "full_sequence")
-        if args.play:
-            need(config.action_dim, f"--play: {args.ckpt} was trained without actions")
-            need(config.causal, f"--play: {args.ckpt} looks both ways, and makes whole clips only")
-            args.schedule = "autoregressive"  # only so does an action show in the next frame
-        elif not args.frames:
-            whole = forcing == "full_sequence" or not config.causal
-            args.frames = config.clip_frames if whole else 256
-        schedule = args.schedule or schedule_for(forcing, config)
-        need(schedule == "full_sequence" or not args.tile,
-             f"--tile is for --schedule full_sequence only, not for {schedule}")
+        matrix, period, args.frames = choose_matrix(args, config, forcing)
         context, keyframes, actions = load_inputs(args, config, extra.get("stride", 1))
-        tile = args.tile or (config.clip_frames if config.causal else  # two-way: all that is new
-                             max(1, args.frames - args.context_frames))
-        matrix, period = matrix_for(schedule, tile, args.steps, args.uncertainty, not config.causal)
         roll = lambda context, actions, seed, batch_size: rollout(
             model, matrix, args.frames, context, period=period, keyframes=keyframes,
             actions=actions, batch_size=batch_size, solver=args.solver,
