@@ -22,14 +22,14 @@ from PIL import Image  # comes with imageio
 CLIPS, FRAMES, SHORTEST, STEPS, SIZE, ENGINES, TOP = 400, 96, 48, 4, 64, 4, 1.35
 
 
-def record(env, seed, choose):
+def record(env, seed, choose, num_frames=FRAMES):
     """-> frames (T, 64, 64, 3) uint8 and one-hot actions (T, 4). choose(t, state) is the action
-    that leads to frame t. A clip begins once the lander is below the top of the picture, goes on
-    after the landing, and ends where the lander leaves the middle of the picture, a square. The
-    same seed and actions give the same clip."""
+    that leads to frame t. Frames show a square, the middle of the picture. A clip begins once the
+    lander is below the top, goes on after the landing, and ends where the lander leaves the square.
+    The same seed and actions give the same clip."""
     state, _ = env.reset(seed=seed)
     frames, actions, action = [], [], 0
-    while len(frames) < FRAMES and abs(state[0]) < 2 / 3 and (state[1] < TOP or not frames):
+    while len(frames) < num_frames and abs(state[0]) < 2 / 3 and (state[1] < TOP or not frames):
         if state[1] < TOP:
             frames.append(Image.fromarray(env.render()[:, 100:500]).resize((SIZE, SIZE), Image.BOX))
             actions.append(np.eye(ENGINES, dtype=np.float32)[action])

@@ -35,9 +35,9 @@ LAST, SEEDS = slice(-64, None), range(1000, 1100)  # the last quarter; lander.py
 def fly(env, seed, num_frames, size, engine=None):
     """-> frames (T, H, W, 3) uint8 and actions (T, 4) of a flight; None if it leaves the picture.
     engine: what is held after BEFORE frames, in place of what the pilot does."""
-    pilot, lander.FRAMES = lander.pilot(env, np.random.default_rng(seed)), num_frames
-    frames, actions = lander.record(env, seed, lambda t, state: pilot(t, state) if
-                                    engine is None or t < BEFORE else engine)
+    pilot = lander.pilot(env, np.random.default_rng(seed))
+    choose = lambda t, state: pilot(t, state) if engine is None or t < BEFORE else engine
+    frames, actions = lander.record(env, seed, choose, num_frames)
     if len(frames) == num_frames:
         x = TF.resize(torch.from_numpy(frames).movedim(-1, 1), list(size)).movedim(1, -1)
         return x.numpy(), actions
