@@ -17,10 +17,11 @@ Training: sigma, the noise of each frame, in three clips. Sampling: three matric
     .05  .62  .19  31.  .33  .07       2 4 4 4           2 4 4 4           2 2 2 2       |
                                        1 4 4 4           1 3 4 4           1 1 1 1       |
                                        0 4 4 4           0 2 4 4           0 0 0 0       v
+                                       0 3 4 4           0 1 3 4
                                          ...               ...
 Why history carries noise: generated frames are slightly wrong, and the errors would grow. A little
-noise hides them, and the network is told how much. It is really added, to given frames, too, as in
-training each frame has the noise of its label. The price: details are lost. (Paper: stabilization.)
+noise hides them, and the network is told how much. Even given frames get it: in training, too, each
+frame has the noise that its label says. The price: fine details are lost. (Paper: stabilization.)
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -36,9 +37,9 @@ Glossary
   in flight       started and not yet finished: the frames that a sampling step works on
 
 Departures from the paper: sigma, preconditioning, weighting and steps without randomness are those
-of EDM, not those of DDPM; loss weights are learned; a step may use the D of the last step; a GRU,
-or attention with a cache, works at every place of a U-Net (paper: a convolutional GRU); rows of the
-matrix are in the order of sampling; in half of the training clips, noise takes turns.
+of EDM (arXiv 2206.00364), not those of DDPM; loss weights are learned; a step may use the D of the
+last step; a GRU, or attention with a cache, works at every place of a U-Net (paper: a convolutional
+GRU); rows of the matrix are in the order of sampling; in half of the clips, noise takes turns.
 
 Does not include: autoencoders, text conditioning, discrete levels of noise. For latents in place
 of pixels, set channels, height and width of Config to theirs and patch = 1, and measure data_mean
@@ -140,9 +141,9 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     Every frame has its own sigma, independent of all others (paper, Algorithm 1). With forcing
     "full_sequence", all frames of a clip share one. The device is that of the generator.
     One exception, for what would be rare: with "diffusion", in config.alternating of the clips,
-    sigmas below and above the median take turns, as actions are learned from noisy frames after
-    clean ones. Two-way models have to fill gaps: there, the noisy frames are any, with one sigma.
-    The distribution of each sigma stays the same. Raises ValueError for another forcing.
+    sigmas below and above the median take turns. Actions are learned from such noisy frames after
+    clean ones. Two-way models learn to fill gaps: for them, chance says which frames are noisy, and
+    those share one sigma. Each sigma stays log-normal. Raises ValueError for another forcing.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
@@ -150,12 +151,11 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
     normal = torch.randn(shape, generator=generator, device=device)
     if forcing == "diffusion":
         rand = lambda *size: torch.rand(size, generator=generator, device=device)
-        draw, much = rand(batch_size, 1), normal.abs()  # much: above the median
+        draw, much, little = rand(batch_size, 1), normal.abs(), -normal.abs()  # (B,1), (B,T), (B,T)
         noisy = (torch.arange(num_frames, device=device) + (draw < config.alternating / 2)) % 2 == 0
         if not config.causal:
             noisy, much = rand(*shape) < rand(batch_size, 1), much[:, :1]
-        turns = torch.where(noisy, much, -normal.abs())
-        normal = torch.where(draw < config.alternating, turns, normal)
+        normal = torch.where(draw < config.alternating, torch.where(noisy, much, little), normal)
     sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
     return sigma.expand(batch_size, num_frames)
 
