@@ -6,7 +6,7 @@
         models are several seeds: each figure is then their mean
     python assets/compare.py --ckpt model.pt --push      how well a model obeys pushes; push.gif
     python assets/compare.py --ckpt two-way.pt --between two-way models between two given frames
-    python assets/compare.py --ckpt 0.pt 1.pt --guidance  history guidance, on sixteen clips
+    python assets/compare.py --ckpt model.pt --guidance  history guidance, on sixteen clips
     python assets/compare.py --slow                      balls that hardly move: how far they get
     python assets/compare.py --matrix                    draws three scheduling matrices
 
