@@ -325,6 +325,8 @@ def main():
     p.add_argument("--slow", action="store_true", help="measure balls that hardly move instead")
     p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
+    if (args.push or args.between or args.guidance) and not args.ckpt:
+        p.error("--push, --between and --guidance measure models: --ckpt is needed")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.slow:
