@@ -9,7 +9,7 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   4. "Frame after frame", "all frames together" and everything between: only the matrix differs.
   5. Finished frames enter the state of the network. It does not grow: a rollout may never end.
 
-Training: sigma, the noise of each frame, in three clips. Sampling: three matrices (S = 4 steps).
+Training: sigma of each frame in three clips (in two, it alternates). Sampling: matrices, S = 4.
 
     sigma of frame 0, 1, 2 ...      autoregressive    pyramid, u = 2    full sequence
     .31  2.4  .08  .90  .02  17.       4 4 4 4           4 4 4 4           4 4 4 4     steps
@@ -20,8 +20,8 @@ Training: sigma, the noise of each frame, in three clips. Sampling: three matric
                                        0 3 4 4           0 1 3 4
                                          ...               ...
 Why history carries noise: generated frames are slightly wrong, and the errors would grow. A little
-noise hides them, and the network is told how much. Even given frames get it: in training, too, each
-frame has the noise that its label says. The price: fine details are lost. (Paper: stabilization.)
+noise hides them, and a label tells the network how much. Even given frames get it: in training too,
+each frame has the noise that its label tells. The price: details are lost. (Paper: stabilization.)
 
 Glossary
   B, T, C, H, W   batch, frames, channels, height, width; always in this order
@@ -30,7 +30,7 @@ Glossary
   sigma (B, T)    how much noise each frame has: its standard deviation, in the units of x
   D               what the denoiser says: the mean of all clean frames that fit the noisy ones
   S, k            sampling steps of one frame; a level k in 0..S, where 0 is clean, S pure noise
-  K (M+1, T)      scheduling matrix of M steps: K[m, t] is the level of frame t before step m
+  K (M+1, T)      scheduling matrix: K[m, t] is the level of frame t before step m; K[M] is all 0
   context         given frames at the start of a video; keyframes: later ones (two-way models only)
   history         all given and finished frames, as the network sees them: with a little noise
   state           what the network keeps of the history: keys and values, or a hidden state
@@ -38,8 +38,8 @@ Glossary
 
 Departures from the paper: sigma, preconditioning, weighting and steps without randomness are those
 of EDM (arXiv 2206.00364), not those of DDPM; loss weights are learned; a step may use the D of the
-last step; a GRU, or attention with a cache, works at every place of a U-Net (paper: a convolutional
-GRU); rows of the matrix are in the order of sampling; in half of the clips, noise takes turns.
+one before; a GRU, or attention with a cache, works at every place of a U-Net (paper: convolutional
+GRU); rows of the matrix are in the order of sampling; in half of the clips, noise alternates.
 
 Does not include: autoencoders, text conditioning, discrete levels of noise. For latents in place
 of pixels, set channels, height and width of Config to theirs and patch = 1, and measure data_mean
@@ -95,7 +95,7 @@ class Config:
 
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
     P_std: float = 2.4               # ... and this standard deviation, twice as wide as in EDM
-    alternating: float = 0.5         # share of the clips in which little and much noise take turns
+    alternating: float = 0.5         # share of clips with a pattern of noise: sample_noise_levels
     sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
     sigma_max: float = 80.0          # and then to 0
     rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
@@ -140,10 +140,10 @@ def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", gen
 
     Every frame has its own sigma, independent of all others (paper, Algorithm 1). With forcing
     "full_sequence", all frames of a clip share one. The device is that of the generator.
-    One exception, for what would be rare: with "diffusion", in config.alternating of the clips,
-    sigmas below and above the median take turns. Actions are learned from such noisy frames after
-    clean ones. Two-way models learn to fill gaps: for them, chance says which frames are noisy, and
-    those share one sigma. Each sigma stays log-normal. Raises ValueError for another forcing.
+    But in config.alternating of the clips of "diffusion", sigmas below and above the median take
+    turns: much noise after little is rare by chance, and from it, actions are learned. In two-way
+    models, chance says which frames are above, and those share one sigma: a gap that is to be
+    filled. Each sigma by itself stays log-normal. Raises ValueError for another forcing.
     """
     need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
     shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
@@ -242,8 +242,8 @@ class ExpectedLoss(nn.Module):
                                     nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1)))
 
     def forward(self, sigma, sigma_past):
-        nothing = self.config.in_frame_units(self.config.sigma_max)  # beyond the clip: pure noise
-        seen = F.pad(sigma_past, (self.past, self.ahead), value=nothing)
+        unknown = self.config.in_frame_units(self.config.sigma_max)  # beyond the clip: pure noise
+        seen = F.pad(sigma_past, (self.past, self.ahead), value=unknown)
         sigmas = seen.unfold(1, self.past + 1 + self.ahead, 1).clone()  # (B,T,past+1+ahead)
         sigmas[..., self.past] = sigma
         *_, c_noise = edm_scalings(sigmas, self.config.sigma_data)
@@ -269,7 +269,7 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
-      "trapezoid"       a pyramid from both ends, u min(t, T - 1 - t): for two-way models only
+      "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for two-way models only
 
     One call of the network serves all frames in flight, in a pyramid about S / u. So T frames take
     S + floor(u (T - 1)) calls: it has to fill and to drain. An endless one takes u calls for each:
@@ -287,10 +287,10 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
 
 def endless_level(matrix, period, row, t):
     """The level of frame t, counted from the end of the context, in one row of the endless matrix:
-    copies of `matrix` (a list of rows), one after the other in time. Copy j starts
-    floor(j * period) rows after copy 0. Before that its frames are at S, and after its end at 0."""
+    copies of `matrix` (a list of rows) side by side, T frames each. Copy j starts floor(j * period)
+    rows after copy 0. Before that its frames are at S, and after its end at 0."""
     copy, column = divmod(t, len(matrix[0]))
-    row -= math.floor(copy * period)  # as in scheduling_matrix; float32 would round much sooner
+    row -= math.floor(copy * period)  # Python's floats: a float32 would round much sooner
     return 0 if t < 0 else matrix[min(max(row, 0), len(matrix) - 1)][column]
 
 
@@ -308,13 +308,13 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, keyframes=N
     as soon as it and all before it are finished. Memory and the time for a frame do not grow.
     model       anything that is called like Denoiser.forward; config defaults to model.config
     matrix      (M+1, T) integers, from a row of S to a row of 0; see endless_level for period
-    period      rows between the starts of two copies; default M: when the last copy is finished
+    period      rows from the start of a copy to that of the next; default M: no two overlap
     num_frames  counts the context; None: go on for ever, or until the actions end
     context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
-    keyframes   {t: (B, C, H, W)}, given frames t after the context, in place of those of the matrix
+    keyframes   {t: (B, C, H, W)}: frame t of the video, context counted, is given, not sampled
     actions     (B, num_frames or more, action_dim), or an iterator over (B, action_dim), whose end
                 ends the rollout. Row t leads to frame t, from frame 0 on. It is asked for when
-                frame t joins: after frame t - 1 was given out (in a pyramid, frame t - S / u)
+                frame t joins: after frame t - 1 was yielded (in a pyramid, frame t - S / u)
     A two-way model (causal=False) keeps no state: all frames are in each call, those of one copy.
     Raises ValueError for what cannot work, before anything is computed.
     """
@@ -349,7 +349,7 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, keyframes=N
 
 
 def check_matrix(matrix, period, causal):
-    """-> the period, or its default M. Raises ValueError for what `rollout` cannot use."""
+    """-> the period, or M. The state takes frames in order: none may be cleaner than one before."""
     need(matrix.ndim == 2 and matrix.numel() and not matrix.is_floating_point(),
          "a scheduling matrix holds integers: one row for each step, one column for each frame")
     need(matrix.max() > 0 and (matrix[0] == matrix.max()).all() and (matrix[-1] == 0).all()
@@ -395,18 +395,18 @@ def roll(model, matrix, num_frames, context, keyframes, period, actions, solver,
 
     upcoming = all_frames(given, num_frames, actions, float(sigmas[S]), noise)
     frames, ended, state = list(itertools.islice(upcoming, num_context)), False, None
-    joined, given_out = len(frames), 0
+    joined, yielded = len(frames), 0
     for row in itertools.count():
-        # Give out, in the order of time, what is finished: copies, which the caller may change.
-        while given_out < joined and level(row, given_out) == 0:
-            yield frames[given_out - joined].x.clone()  # counted from the last frame
-            given_out += 1
+        # Yield, in the order of time, what is finished. Cloned, since the caller may change it.
+        while yielded < joined and level(row, yielded) == 0:
+            yield frames[yielded - joined].x.clone()  # counted from the last frame
+            yielded += 1
         # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
         # not move, and nobody sees it, as no later frame has started. (Two-way: all see all.)
         while not ended and (level(row + 1, joined) < S or not config.causal):
             new = list(itertools.islice(upcoming, 1))  # nothing, if the video ends here
             frames, joined, ended = frames + new, joined + len(new), not new
-        if ended and given_out == joined:
+        if ended and yielded == joined:
             return
         now, after = ([level(r, frame.t) for frame in frames] for r in (row, row + 1))
         if now == after:  # nothing moves: no call
@@ -417,8 +417,8 @@ def roll(model, matrix, num_frames, context, keyframes, period, actions, solver,
         added = config.in_frame_units(config.context_noise) * (s == 0).to(s)
         finished = now.count(0) if config.causal else 0
         # The multistep solver (DPM-Solver++(2M), arXiv 2211.01095) looks ahead: D_half is D halfway
-        # through the step, on the line through the last D and this one, in ln sigma. A first step
-        # has no last D, and the step to 0 has no halfway: there ahead = 0, which is Euler's step.
+        # through the step, on the line through D_last and this D, in ln sigma. A first step
+        # has no D_last, and the step to 0 has no halfway: there ahead = 0, which is Euler's step.
         s_last = torch.tensor([frame.s_last for frame in frames]).to(s)
         ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)
         ahead = ahead * (solver == "multistep")
@@ -427,8 +427,8 @@ def roll(model, matrix, num_frames, context, keyframes, period, actions, solver,
         added, ahead, shrink = map(per_frame, factors)
         x, eps, D_last = (torch.stack([getattr(frame, name) for frame in frames], 1)
                           for name in ("x", "eps", "D"))  # (B,n,C,H,W) each
-        told = None if actions is None else torch.stack([f.action for f in frames], 1).to(x)
-        D, state = model(x + added * eps, label.expand(B, -1), state, actions=told, commit=finished)
+        acts = None if actions is None else torch.stack([f.action for f in frames], 1).to(x)
+        D, state = model(x + added * eps, label.expand(B, -1), state, actions=acts, commit=finished)
         # Step: Euler's is x + (s_next - s) (x - D) / s. So written, a step to 0 lands on D exactly.
         D_half = D + ahead * (D - D_last)
         x = D_half + shrink * (x - D_half)
@@ -445,8 +445,8 @@ class Guided(nn.Module):
     the history through noise of at least `noise`, in the unit of Config: sigma_max hides all of it,
     less hides its details. Weight 1, or a noise up to context_noise, leaves D as it is. Called like
     Denoiser; the state is that of 2B clips. (History guidance, Song et al., arXiv 2502.06764.)
-    Hiding all of it may go too far: if a frame is .9 of the one before it, plus Gaussian chance,
-    then with weight 1.5 it becomes 1.08 of it, and a long rollout explodes."""
+    Hiding all of it may go too far: x[t] = .9 x[t-1] + Gaussian chance, of variance 1 in all,
+    becomes 1.08 x[t-1] with weight 1.5, and a long rollout explodes."""
 
     def __init__(self, model, weight, noise, generator=None):
         super().__init__()
@@ -461,9 +461,9 @@ class Guided(nn.Module):
         sigma_less[:, :commit] = s.clamp(min=self.noise)
         more = (sigma_less[:, :commit] ** 2 - s**2).sqrt()  # variances add up
         history += per_frame(more) * randn(history.shape, x, self.generator)
-        told = None if actions is None else torch.cat([actions, actions])
+        acts = None if actions is None else torch.cat([actions, actions])
         D, state = self.model(torch.cat([x, less]), torch.cat([sigma, sigma_less]), state,
-                              actions=told, commit=commit)
+                              actions=acts, commit=commit)
         D, D_less = D.chunk(2)
         return torch.lerp(D_less, D, self.weight), state
 
@@ -478,21 +478,20 @@ class Denoiser(nn.Module):
         self.config = config
         dims = [config.dim * m for m in config.dim_mults]
         pixels = config.channels * config.patch**2
-        width = 4 * config.dim  # of the embedding that tells every block about its frame
+        E = 4 * config.dim  # width of the embedding that tells every block about its frame
         mean = torch.tensor(config.data_mean)[:, None, None]
         self.register_buffer("data_mean", mean, persistent=False)
         self.register_buffer("action_scale", torch.tensor(config.action_scale), persistent=False)
-        self.register_buffer("frequency", torch.logspace(-0.5, 1.5, width // 4), persistent=False)
-        self.embed_noise = nn.Sequential(nn.Linear(width // 2, width), nn.SiLU(),
-                                         nn.Linear(width, width))
-        self.embed_action = nn.Linear(config.action_dim, width) if config.action_dim else None
+        self.register_buffer("frequency", torch.logspace(-0.5, 1.5, E // 4), persistent=False)
+        self.embed_noise = nn.Sequential(nn.Linear(E // 2, E), nn.SiLU(), nn.Linear(E, E))
+        self.embed_action = nn.Linear(config.action_dim, E) if config.action_dim else None
         self.stem = nn.Conv2d(pixels, dims[0], 3, padding=1)
-        self.encoder = nn.ModuleList(Block(d, d, width, config) for d in dims)
+        self.encoder = nn.ModuleList(Block(d, d, E, config) for d in dims)
         pairs = list(zip(dims, dims[1:]))
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairs)
-        self.middle = Block(dims[-1], dims[-1], width, config, spatial_attention=True)
+        self.middle = Block(dims[-1], dims[-1], E, config, spatial_attention=True)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairs)
-        self.decoder = nn.ModuleList(Block(2 * d, d, width, config) for d in dims)
+        self.decoder = nn.ModuleList(Block(2 * d, d, E, config) for d in dims)
         self.head = nn.Sequential(nn.GroupNorm(8, dims[0]), nn.SiLU(),
                                   zero(nn.Conv2d(dims[0], pixels, 3, padding=1)))
         self.to(memory_format=torch.channels_last)  # about twice as fast for convolutions
@@ -512,6 +511,7 @@ class Denoiser(nn.Module):
              f"x {tuple(x.shape)}, sigma {tuple(sigma.shape)} do not fit Config, or each other")
         need(actions is None or actions.shape == (B, T, c.action_dim),
              f"actions must be ({B}, {T}, {c.action_dim})")
+        need(commit is None or 0 <= commit <= T, f"commit is {commit}; 0 to {T} is needed")
         need(sigma.device.type != "cpu" or (sigma > 0).all(),  # a GPU would have to wait for this
              "sigma must be above 0, for its label is a logarithm: give even clean frames a little")
         if history is not None:
@@ -530,7 +530,7 @@ class Denoiser(nn.Module):
     def network(self, x, c_noise, state, actions, commit, two_streams):
         """F of EDM. All frames go through it as a batch of B*T; only the mixers know of time."""
         B, T = x.shape[:2]
-        angle = c_noise[..., None] * self.frequency  # (B,T,E/4), E: width of the embedding
+        angle = c_noise[..., None] * self.frequency  # (B,T,E/4)
         emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], -1))  # (B,T,E)
         if self.embed_action is not None:
             zeros = emb.new_zeros(B, T, self.config.action_dim)
@@ -561,9 +561,9 @@ class Denoiser(nn.Module):
 class Block(nn.Module):
     """A residual block in space, attention in space (middle block only), a mixer in time."""
 
-    def __init__(self, dim_in, dim_out, width, config, spatial_attention=False):
+    def __init__(self, dim_in, dim_out, E, config, spatial_attention=False):
         super().__init__()
-        self.spatial = ResBlock(dim_in, dim_out, width)
+        self.spatial = ResBlock(dim_in, dim_out, E)
         self.attend = (SpatialAttention(dim_out, config.head_dim) if spatial_attention else
                        nn.Identity())
         self.norm = nn.LayerNorm(dim_out)
@@ -589,7 +589,7 @@ class Block(nn.Module):
 class TemporalAttention(nn.Module):
     """Banded causal attention: a frame sees the last `window` frames, itself included (two-way: as
     many ahead), and through n mixers, one after the other, it learns of n (window - 1) frames back.
-    State: keys (before rotation) and values of the last frames, (N, heads, window - 1, d) each."""
+    State: keys (before rotation) and values of the last frames, (N, heads, < window, d) each."""
 
     def __init__(self, dim, head_dim, window, causal=True):
         super().__init__()
@@ -605,11 +605,9 @@ class TemporalAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N,heads,T,d) each
         if state is not None:
             k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        new_state = state
-        if commit != 0 and self.window > 1:
-            end = k.shape[2] - T + (T if commit is None else commit)
-            keep = slice(max(0, end - self.window + 1), end)
-            new_state = k[:, :, keep].clone(), v[:, :, keep].clone()  # so that the rest is freed
+        end = k.shape[2] - T + (T if commit is None else commit)
+        keep = slice(max(0, end - self.window + 1), end)
+        new_state = k[:, :, keep].clone(), v[:, :, keep].clone()  # so that the rest is freed
         position = torch.arange(k.shape[2], device=x.device)  # from the oldest key: never grows
         if two_streams:
             position = position % (T // 2)
@@ -671,12 +669,12 @@ def rotary(x, cos, sin):
 class ResBlock(nn.Module):
     """Two convolutions. The scale and shift between them carry sigma and action."""
 
-    def __init__(self, dim_in, dim_out, width):
+    def __init__(self, dim_in, dim_out, E):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, dim_in), nn.GroupNorm(8, dim_out)
         self.conv1 = nn.Conv2d(dim_in, dim_out, 3, padding=1)
         self.conv2 = zero(nn.Conv2d(dim_out, dim_out, 3, padding=1))
-        self.scale_shift = nn.Linear(width, 2 * dim_out)
+        self.scale_shift = nn.Linear(E, 2 * dim_out)
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x, emb):

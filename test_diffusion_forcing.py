@@ -444,6 +444,15 @@ def test_frames_that_do_not_fit_are_refused():
         refused(what, random_denoiser(), x, sigma)
 
 
+@pytest.mark.streaming
+@pytest.mark.parametrize("temporal", df.MIXERS)
+def test_more_frames_than_there_are_cannot_enter_the_state(temporal):
+    model, x, sigma = random_denoiser(temporal=temporal), torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
+    for commit in (3, -1):
+        refused(f"{commit} of 2 frames enter the state, and the history is lost", model, x, sigma, commit=commit)
+    model(x, sigma, commit=2)  # both may
+
+
 @pytest.mark.loss
 def test_a_history_needs_a_causal_model_and_no_state():
     x, sigma = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)

@@ -8,8 +8,8 @@
 
 First, eight flights of 256 frames, none of which lander.py records: the model gets their first four
 frames and all actions, and goes on by itself, as sample.py does. Then sixteen flights of 10 frames,
-after which one engine, or none, is held for 20 frames, as in sample.py --play. Writes the former to
-lander_check.npy: the flights above, the rollouts below.
+after which one engine, or none, is held for 20 frames, as in sample.py --play. Four of the former go
+to lander.gif: the flights above, the rollouts below.
 """
 
 import itertools
@@ -24,10 +24,10 @@ import torchvision.transforms.v2.functional as TF
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lander  # noqa: E402: it is beside this file
 from diffusion_forcing import load_checkpoint, rollout  # noqa: E402: found by the above
-from sample import matrix_for, to_bytes, to_frames  # noqa: E402
+from sample import matrix_for, to_bytes, to_frames, video_writer  # noqa: E402
 
 ENGINES = ("none", "left", "main", "right")
-FLIGHTS, LENGTH, CONTEXT = 8, 256, 4
+FLIGHTS, LENGTH, CONTEXT, SHOWN = 8, 256, 4, 4
 STARTS, BEFORE, HELD = 16, 10, 20
 LAST, SEEDS = slice(-64, None), range(1000, 1100)  # the last quarter; lander.py has seeds below 999
 
@@ -74,8 +74,9 @@ def main():
     flights = filter(None, (fly(env, seed, LENGTH, size) for seed in SEEDS))
     real, actions = map(np.stack, zip(*itertools.islice(flights, FLIGHTS)))
     rolled = roll(model, "pyramid", real, actions, CONTEXT)
-    both = [np.concatenate([*clips], 2) for clips in (real, rolled)]  # (T,H,N*W,3) each
-    np.save("lander_check.npy", np.concatenate(both, 1))
+    both = [np.concatenate([*clips[:SHOWN]], 2) for clips in (real, rolled)]  # (T,H,N*W,3) each
+    with video_writer("lander.gif", 2 * size[0], SHOWN * size[1], scale=2) as write:
+        [write(frame) for frame in np.concatenate(both, 1)]
     whole, truth = np.median(body(real)[0]), np.median(ground(real), 1, keepdims=True)
     print("| | ground off in the last quarter, pixels | frames with a lander | flights with one in "
           "every frame |\n|-|-|-|-|")
