@@ -606,8 +606,8 @@ class TemporalAttention(nn.Module):
         if state is not None:
             k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
         end = k.shape[2] - T + (T if commit is None else commit)
-        keep = slice(max(0, end - self.window + 1), end)
-        new_state = k[:, :, keep].clone(), v[:, :, keep].clone()  # so that the rest is freed
+        keep = slice(max(0, end - self.window + 1), end)  # cloned, so that the rest is freed
+        new_state = state if commit == 0 else (k[:, :, keep].clone(), v[:, :, keep].clone())
         position = torch.arange(k.shape[2], device=x.device)  # from the oldest key: never grows
         if two_streams:
             position = position % (T // 2)

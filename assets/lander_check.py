@@ -76,7 +76,7 @@ def main():
     rolled = roll(model, "pyramid", real, actions, CONTEXT)
     both = [np.concatenate([*clips[:SHOWN]], 2) for clips in (real, rolled)]  # (T,H,N*W,3) each
     with video_writer("lander.gif", 2 * size[0], SHOWN * size[1], scale=2) as write:
-        for frame in np.concatenate(both, 1):  # without faint noise, it is a seventh as large
+        for frame in np.concatenate(both, 1):  # rounded: faint noise makes a large file
             write((np.minimum(frame, 247) + 8) // 16 * 16)
     whole, truth = np.median(body(real)[0]), np.median(ground(real), 1, keepdims=True)
     print("| | ground off in the last quarter, pixels | frames with a lander | flights with one in "
