@@ -8,8 +8,8 @@
 
 First, eight flights of 256 frames, none of which lander.py records: the model gets their first four
 frames and all actions, and goes on by itself, as sample.py does. Then sixteen flights of 10 frames,
-after which one engine, or none, is held for 20 frames, as in sample.py --play. Four of the former go
-to lander.gif: the flights above, the rollouts below.
+after which one engine, or none, is held for 20 frames, as in sample.py --play. lander.gif shows
+four of the former: the flights above, the rollouts below.
 """
 
 import itertools
