@@ -1534,7 +1534,7 @@ def test_the_checkpoint_in_assets_still_denoises_balls():
     x, sigma, generator = sample.to_frames(balls(2, 8, 32)), torch.full((2, 8), 0.3), torch.Generator().manual_seed(0)
     with torch.no_grad():
         loss = float(df.diffusion_forcing_loss(model, x, model.config, sigma=sigma, generator=generator))
-    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0035: the network is not the one that balls.pt was trained with"
+    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0039: the network is not the one that balls.pt was trained with"
 
 
 @pytest.mark.checkpoint
@@ -1702,9 +1702,11 @@ def test_training_draws_pushes_and_one_argument_leaves_them_out(monkeypatch):
     s = settings(size=(32, 32), no_push=False)
     clips, push = train.Balls(s).batch(np.random.default_rng(0), 200, 16)
     assert train.Balls(s).action_dim == 2 and push.shape == (200, 16, 2), "an action is (dx, dy)"
-    counts = np.unique(push.reshape(-1, 2), axis=0, return_counts=True)[1] / (200 * 16)
-    expected = np.full(9, 1 / 72) + [0, 0, 0, 0, 7 / 8, 0, 0, 0, 0]
-    assert np.allclose(counts, expected, atol=0.009), "a push in one frame of eight, uniform over the nine directions"
+    pushed = push[push.any((1, 2))]
+    assert 80 < len(pushed) < 120, "half of the clips have no push"
+    counts = np.unique(pushed.reshape(-1, 2), axis=0, return_counts=True)[1] / (len(pushed) * 16)
+    expected = np.full(9, 1 / 36) + [0, 0, 0, 0, 3 / 4, 0, 0, 0, 0]
+    assert np.allclose(counts, expected, atol=0.015), "in the others in one frame of four, uniform over the nine directions"
     off = np.concatenate([push_errors(clip, p) for clip, p in zip(clips, push)])
     assert len(off) > 20 and off.max() < 3, "row t of the actions is the push that leads to frame t"
     plain = train.Balls(settings(size=(32, 32), no_push=True))

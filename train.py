@@ -66,7 +66,7 @@ PARTS = 2**16  # for draw(): part p of step i has number i * PARTS + p; no step 
 MEASURE, PREVIEW, VALIDATE = 2**60, 2**61, 2**62
 LOG = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
 RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
-PUSHED = 1 / 8  # share of the frames in which a push is drawn, uniform over the nine
+PUSHED = 1 / 4  # share of the frames in which a push is drawn, in half of the clips
 BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
 
 
@@ -120,7 +120,9 @@ class Balls:
     def batch(self, rng, n, num_frames, held=False):
         push = np.zeros((n, num_frames, self.action_dim), np.float32)
         if self.action_dim:
-            push += rng.integers(-1, 2, push.shape) * (rng.random((n, num_frames, 1)) < PUSHED)
+            # half of the clips have none: the speeds of balls that nobody pushes are learned, too
+            share = PUSHED * rng.integers(0, 2, (n, 1, 1))
+            push += rng.integers(-1, 2, push.shape) * (rng.random((n, num_frames, 1)) < share)
         clips = bouncing_balls(n, num_frames, rng, self.size, push=push if push.size else None)
         return clips, push
 
