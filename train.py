@@ -66,7 +66,7 @@ PARTS = 2**16  # for draw(): part p of step i has number i * PARTS + p; no step 
 MEASURE, PREVIEW, VALIDATE = 2**60, 2**61, 2**62
 LOG = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
 RADIUS, SPEED = 3.5, (0.6, 1.5)  # of the balls: pixels; pixels a frame, from and to
-PUSHED = 1 / 4  # share of the frames in which a push is drawn, in half of the clips
+PUSHED = 1 / 4  # in half of the clips: share of the frames with a push, uniform over the nine
 BACKGROUND, COLOURS = np.array([12, 14, 20]), np.array([[230, 70, 0], [0, 110, 225]])  # added on it
 
 
