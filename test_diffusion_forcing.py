@@ -1534,7 +1534,7 @@ def test_the_checkpoint_in_assets_still_denoises_balls():
     x, sigma, generator = sample.to_frames(balls(2, 8, 32)), torch.full((2, 8), 0.3), torch.Generator().manual_seed(0)
     with torch.no_grad():
         loss = float(df.diffusion_forcing_loss(model, x, model.config, sigma=sigma, generator=generator))
-    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0039: the network is not the one that balls.pt was trained with"
+    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0035: the network is not the one that balls.pt was trained with"
 
 
 @pytest.mark.checkpoint
