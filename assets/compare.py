@@ -232,21 +232,24 @@ def draw_pushes(clip, push, path, scale=4, frames=4):
 
 def between(ckpts, args):
     """Two-way models fill in the 14 frames between the first and the last one of real clips. Prints
-    what `physics` says of them, and the longest step of a ball; draws the first clip, real and
-    filled in, as keyframes.png."""
+    what `physics` says of them, the longest step of a ball, and in how many clips no ball jumps;
+    draws the first clip, real and filled in, as keyframes.png."""
     real = bouncing_balls(2 * CLIPS, 16, np.random.default_rng(96))
     for i, clip in enumerate(real):
         np.save(args.out / f"between_{i}.npy", clip)
-    ways = [f"--keyframes 0,15 --frames 16 --schedule {kind}" for kind in SCHEDULES]
+    others = [f" --schedule {kind}" for kind in SCHEDULES if kind != "full_sequence"]
+    ways = ["--keyframes 0,15 --frames 16" + more for more in ("", " --steps 20", *others)]
     rows = {("real balls", ""): real} | {
         (ckpt.name, way): roll_out(ckpt, way, args, "between", len(real))
         for ckpt in ckpts for way in ways}
-    print("| model | sample.py | good | shape | vel | longest step |\n" + "|-" * 6 + "|")
+    print("| model | sample.py | good | shape | vel | longest step | without a jump |\n"
+          + "|-" * 7 + "|")
     for (name, way), clips in rows.items():
         good, shape, vel, *_ = np.nanmean([physics(clip) for clip in clips], 0)
-        step = max(np.linalg.norm(np.diff(find(c)[0], axis=0), axis=-1).max() for c in clips)
-        print(f"| {name} | {way} | {good:.3f} | {shape:.3f} | {vel:.3f} | {step:.2f} |")
-    draw_strip([clips[0] for clips in rows.values()], args.out / "keyframes.png", 16)
+        steps = [np.linalg.norm(np.diff(find(c)[0], axis=0), axis=-1).max() for c in clips]
+        print(f"| {name} | {way} | {good:.3f} | {shape:.3f} | {vel:.3f} | {max(steps):.2f} | "
+              f"{sum(step <= FASTEST for step in steps)} of {len(steps)} |")
+    draw_strip([real[0], rows[ckpts[0].name, ways[0]][0]], args.out / "keyframes.png", 16)
 
 
 def slow(args):
