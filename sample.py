@@ -35,6 +35,7 @@ from diffusion_forcing import (SCHEDULES, SOLVERS, Guided, load_checkpoint, need
                                scheduling_matrix)
 
 STEPS, UNCERTAINTY, SOLVER = 8, 2.0, "multistep"  # chosen by rollouts of balls and of real clips
+FIRST = 4  # times as many steps for a first frame from nothing, which no history helps to find
 SCHEDULE_FOR = {  # what suits each paradigm of training
     "diffusion": "pyramid", "teacher": "autoregressive", "full_sequence": "full_sequence"}
 CODECS = {".mp4": ("libx264", ["-crf", "16"]), ".webm": ("libvpx-vp9", ["-crf", "20", "-b:v", "0"])}
@@ -378,7 +379,8 @@ def parse_args():
     add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: steps between "
         "the starts of two frames, and network calls for each frame (%(default)s)")
     add("--tile", type=positive, help="full_sequence: frames that come down together (as trained)")
-    add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
+    add("--steps", type=positive, default=STEPS, help="denoising steps of a frame; a first frame "
+        f"from nothing gets {FIRST} times as many (%(default)s)")
     add("--solver", choices=SOLVERS, default=SOLVER, help="multistep keeps variety, and sharpness "
         "with few steps; euler pulls towards the mean (%(default)s)")
     add("--context-noise", type=positive_float, help="sigma of the history: more of it forgives "
@@ -396,7 +398,7 @@ def parse_args():
 
 def load_inputs(args, config, stride):
     """-> context (batch, context_frames, C, H, W) or None, keyframes {t: (batch, C, H, W)}, actions
-    (batch, frames, A) or None."""
+    [(batch, A), one for each frame] or None."""
     context, keyframes = None, {}
     if args.context:
         length = max(args.context_frames, *(t + 1 for t in args.keyframes), 1)
@@ -410,7 +412,7 @@ def load_inputs(args, config, stride):
     if not config.action_dim:
         need(not args.actions, f"{args.actions}: the model was trained without actions")
         return context, keyframes, None
-    num_frames = args.frames or args.context_frames
+    num_frames = args.frames or args.context_frames or 1
     actions = np.zeros((args.batch, num_frames, config.action_dim), np.float32)
     files = [Path(args.actions)] if args.actions else [*map(side_file, args.context)]
     for row, file in zip(actions, itertools.cycle(files)):
@@ -419,7 +421,7 @@ def load_inputs(args, config, stride):
             need(told.shape[1] == config.action_dim,
                  f"{file}: the model needs {config.action_dim} numbers for each frame")
             row[:] = np.resize(told, row.shape)  # repeated at its end
-    return context, keyframes, torch.from_numpy(actions).to(args.device)
+    return context, keyframes, torch.from_numpy(actions).to(args.device).unbind(1)
 
 
 def check(args):
@@ -492,18 +494,25 @@ def main():
         forcing = extra.get("forcing", "diffusion" if config.causal else "full_sequence")
         matrix, period, args.frames = choose_matrix(args, config, forcing)
         context, keyframes, actions = load_inputs(args, config, extra.get("stride", 1))
-        roll = lambda context, actions, seed, batch_size: rollout(
-            model, matrix, args.frames, context, period=period, keyframes=keyframes,
-            actions=actions, batch_size=batch_size, solver=args.solver,
-            generator=torch.Generator(args.device).manual_seed(seed))
-        # raises at once what is wrong; --play has its own rollouts, with actions from the keys
-        frames = roll(context, () if args.play else actions, args.seed, args.batch)
 
-    def world(number, keys):  # the next context, or the next seed
-        i = slice(number % args.batch, number % args.batch + 1)
-        given = actions[i, : args.context_frames].cpu().unbind(1)
-        return roll(None if context is None else context[i], itertools.chain(given, keys),
-                    args.seed + number, 1)
+        def roll(context, actions, seed, batch_size):
+            how = dict(batch_size=batch_size, solver=args.solver,
+                       generator=torch.Generator(args.device).manual_seed(seed))
+            if context is None and len(matrix[0]) == 1:  # the first frame alone, then go on from it
+                first = scheduling_matrix("autoregressive", 1, FIRST * args.steps)
+                now, actions = itertools.tee(actions) if config.action_dim else (None, None)
+                context = next(rollout(model, first, 1, actions=now, **how))[:, None]
+            return rollout(model, matrix, args.frames, context, period=period, actions=actions,
+                           keyframes=keyframes, **how)
+
+        def world(number, keys):  # the next context, or the next seed
+            i = slice(number % args.batch, number % args.batch + 1)
+            given = (row[i].cpu() for row in actions[: args.context_frames])
+            return roll(None if context is None else context[i], itertools.chain(given, keys),
+                        args.seed + number, 1)
+
+        # raises at once what is wrong; --play has its own rollouts, with actions from the keys
+        frames = roll(context, actions, args.seed, args.batch)
 
     bar = tqdm(frames, desc=str(args.out), total=args.frames, unit=" frames", disable=args.play)
     with mistakes():
