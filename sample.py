@@ -35,7 +35,7 @@ from diffusion_forcing import (SCHEDULES, SOLVERS, Guided, load_checkpoint, need
                                scheduling_matrix)
 
 STEPS, UNCERTAINTY, SOLVER = 8, 2.0, "multistep"  # chosen by rollouts of balls and of real clips
-FIRST = 4  # times as many steps for a first frame from nothing, which no history helps to find
+FIRST = 4  # times the steps for a first frame from nothing: no history says where things are
 SCHEDULE_FOR = {  # what suits each paradigm of training
     "diffusion": "pyramid", "teacher": "autoregressive", "full_sequence": "full_sequence"}
 CODECS = {".mp4": ("libx264", ["-crf", "16"]), ".webm": ("libvpx-vp9", ["-crf", "20", "-b:v", "0"])}
@@ -379,8 +379,8 @@ def parse_args():
     add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: steps between "
         "the starts of two frames, and network calls for each frame (%(default)s)")
     add("--tile", type=positive, help="full_sequence: frames that come down together (as trained)")
-    add("--steps", type=positive, default=STEPS, help="denoising steps of a frame; a first frame "
-        f"from nothing gets {FIRST} times as many (%(default)s)")
+    add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s; "
+        f"{FIRST} times as many for a first frame from nothing)")
     add("--solver", choices=SOLVERS, default=SOLVER, help="multistep keeps variety, and sharpness "
         "with few steps; euler pulls towards the mean (%(default)s)")
     add("--context-noise", type=positive_float, help="sigma of the history: more of it forgives "
@@ -412,7 +412,7 @@ def load_inputs(args, config, stride):
     if not config.action_dim:
         need(not args.actions, f"{args.actions}: the model was trained without actions")
         return context, keyframes, None
-    num_frames = args.frames or args.context_frames or 1
+    num_frames = args.frames or args.context_frames
     actions = np.zeros((args.batch, num_frames, config.action_dim), np.float32)
     files = [Path(args.actions)] if args.actions else [*map(side_file, args.context)]
     for row, file in zip(actions, itertools.cycle(files)):
@@ -512,7 +512,8 @@ def main():
                         args.seed + number, 1)
 
         # raises at once what is wrong; --play has its own rollouts, with actions from the keys
-        frames = roll(context, actions, args.seed, args.batch)
+        nothing = args.play and context is None  # then it would make a first frame in vain
+        frames = [] if nothing else roll(context, actions, args.seed, args.batch)
 
     bar = tqdm(frames, desc=str(args.out), total=args.frames, unit=" frames", disable=args.play)
     with mistakes():
