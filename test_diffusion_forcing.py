@@ -2518,7 +2518,7 @@ def test_a_two_way_model_fills_in_what_lies_between_keyframes(tmp_path, monkeypa
     monkeypatch.setattr(sample, "rollout", spy)
     train_here(monkeypatch, tmp_path, *"--two-way --steps 1".split())
     config = df.load_checkpoint(tmp_path / "model.pt")[0].config
-    assert (config.causal, config.P_mean, config.alternating) == (False, Config.P_mean, 0.5), "else as any Diffusion Forcing"
+    assert (config.causal, config.P_mean, config.P_std, config.alternating) == (False, 0.6, 2.0, 0.5), "two-way: a gap begins at much noise"
     assert told[-1][1:] == (4, 3, None), "its preview is one clip, from real frames"
     assert len(told[-1][0][0]) == 1, "its matrix is for the frames after those"
     write(tmp_path / "a.npy", clip := balls(1, 6)[0])

@@ -51,8 +51,9 @@ PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, 
     "base": dict(size=(64, 64), batch=32, lr=3e-4, warmup=1000, ema=0.9995, steps=200_000, dim=128,
                  dim_mults=(1, 2, 3, 4), fast=True, save_minutes=10),
 }
-SUITS = {  # what each paradigm changes in Config, chosen by rollouts
+SUITS = {  # what each paradigm, and --two-way, changes in Config: chosen by rollouts
     "diffusion": {},
+    "two_way": dict(P_mean=0.6, P_std=2.0, causal=False),
     "teacher": dict(P_std=1.6),
     "full_sequence": dict(P_mean=0.4, P_std=1.6, causal=False),
 }
@@ -331,8 +332,9 @@ def parse_args():
 
 def new_model(s, data, init):
     """-> a Denoiser for these settings and this data, with the weights of `init`, if any."""
-    suits = dict(P_mean=Config.P_mean, P_std=Config.P_std, causal=True) | SUITS[s.forcing]
-    suits["causal"] = s.temporal == "gru" or suits["causal"] and not s.two_way
+    suits = dict(P_mean=Config.P_mean, P_std=Config.P_std, causal=True)
+    suits |= SUITS["two_way" if s.two_way else s.forcing]
+    suits["causal"] = suits["causal"] or s.temporal == "gru"
     config = dataclasses.replace(
         init.config if init else Config(dim=s.dim, dim_mults=s.dim_mults), height=s.size[0],
         width=s.size[1], action_dim=data.action_dim, clip_frames=s.clip_frames, window=s.window,
