@@ -1837,7 +1837,7 @@ def test_clips_between_keyframes_are_measured_by_their_longest_step(monkeypatch,
     others = [kind for kind in df.SCHEDULES if kind != sample.schedule_for("diffusion", tiny(causal=False))]
     assert [way.split()[-1] for way in ways[2:]] == others, "a two-way model may use any matrix: all but the default are named"
     assert real[0] == jump[0] == 1 and real[3] < 2.3 < jump[3], "the longest step of any ball in any clip"
-    assert real[4:] == [16, 16] and jump[4] < 8, "in so many of the clips, no step is longer than 2.3 pixels"
+    assert real[4:] == [64, 64] and jump[4] < 32, "in so many of the clips, no step is longer than 2.3 pixels"
     assert iio.imread(tmp_path / "keyframes.png").shape == (2 * 33 * 2, 2 * 33 * 16, 3), "a real clip, and the same filled in"
 
 

@@ -234,7 +234,7 @@ def between(ckpts, args):
     """Two-way models fill in the 14 frames between the first and the last one of real clips. Prints
     what `physics` says of them, the longest step of a ball, and in how many clips no ball jumps;
     draws the first clip, real and filled in, as keyframes.png."""
-    real = bouncing_balls(2 * CLIPS, 16, np.random.default_rng(96))
+    real = bouncing_balls(8 * CLIPS, 16, np.random.default_rng(96))
     for i, clip in enumerate(real):
         np.save(args.out / f"between_{i}.npy", clip)
     others = [f" --schedule {kind}" for kind in SCHEDULES if kind != "full_sequence"]
@@ -307,7 +307,7 @@ def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
 
 
 def draw_strip(clips, path, length=LENGTHS[-1]):
-    """16 frames of each clip of this length, a row a clip."""
+    """16 frames of each clip of this length, one row for each clip."""
     at = np.linspace(0, length - 1, 16).round().astype(int)
     frames = np.stack([clip[at] for clip in clips if len(clip) == length])  # (row,16,H,W,3)
     frames = np.pad(frames, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=90)
