@@ -334,7 +334,7 @@ def new_model(s, data, init):
     """-> a Denoiser for these settings and this data, with the weights of `init`, if any."""
     suits = dict(P_mean=Config.P_mean, P_std=Config.P_std, causal=True)
     suits |= SUITS["two_way" if s.two_way else s.forcing]
-    suits["causal"] = suits["causal"] or s.temporal == "gru"
+    suits["causal"] |= s.temporal == "gru"  # a GRU never looks ahead, even with full_sequence
     config = dataclasses.replace(
         init.config if init else Config(dim=s.dim, dim_mults=s.dim_mults), height=s.size[0],
         width=s.size[1], action_dim=data.action_dim, clip_frames=s.clip_frames, window=s.window,
