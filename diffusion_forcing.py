@@ -233,7 +233,8 @@ class ExpectedLoss(nn.Module):
     A plain mean is mostly about the others; a rollout needs the former. Divided by what is
     expected, every mixture counts the same. The optimal denoiser stays what it was, as exp(u) does
     not depend on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.) The paper's fused SNR
-    weighting is a formula for this; with it, balls move less smoothly (assets/RESULTS.md).
+    weighting is a formula for this: with it, balls move less smoothly and obey fewer pushes, but
+    in short trainings, fewer landers fade away (assets/RESULTS.md).
     """
 
     def __init__(self, config, past=4, width=64):
