@@ -230,11 +230,11 @@ class ExpectedLoss(nn.Module):
     sigma_past (B, T) of the four frames before it (two-way: and of the four after). For training.
 
     A frame with little noise, or after nearly clean ones, often has a far smaller loss than others.
-    A plain mean is mostly about the others; a rollout needs the former. Divided by what is
-    expected, every mixture counts the same. The optimal denoiser stays what it was, as exp(u) does
-    not depend on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.) The paper's fused SNR
-    weighting is a formula for this: with it, balls move less smoothly and obey fewer pushes, but
-    in short trainings, fewer landers fade away (assets/RESULTS.md).
+    In a plain mean such frames hardly count, but a rollout needs them. Divided by what is expected,
+    every mixture counts the same. The optimal denoiser stays what it was, as exp(u) does not depend
+    on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.) The paper's fused SNR weighting
+    is a formula for this. With it, balls move less smoothly and obey fewer pushes. But in short
+    trainings on flights of a lander, fewer landers fade away (assets/RESULTS.md).
     """
 
     def __init__(self, config, past=4, width=64):
