@@ -1,51 +1,43 @@
-"""Diffusion Forcing for video: the whole method in one file.
+"""Diffusion Forcing for video: the whole method in one file, in the order of the paper.
 
 The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   1. Noise is a mask. A frame without noise is known; a frame of pure noise is unknown.
   2. In training, every frame of a clip gets its own amount of noise, independent of all others.
      One network, causal in time, learns to denoise every mixture of known and unknown frames.
-  3. In sampling you choose the mixture. A matrix of levels says how noisy each frame is at each
-     step: one row for each step, one column for each frame.
-  4. "Frame after frame", "all frames together" and everything between: only the matrix differs.
-  5. Finished frames enter the state of the network. It does not grow: a rollout may never end.
+  3. In sampling, you choose the mixture. A matrix says how noisy each frame is at each step. Frame
+     after frame, all frames together, and everything between: only the matrix differs.
+  4. Given and finished frames are the history. The network sees them with a little noise, and is
+     told how much. It hides their errors, which would otherwise add up. (Paper: stabilization.)
+  5. What the network keeps of them, its state, does not grow: a rollout need not end.
 
-Training: sigma of each frame in three clips (in two, it alternates). Sampling: matrices, S = 4.
+Three scheduling matrices. A row is a step, a column a frame, a number its level. A frame comes down
+in S steps, here 4, from S, pure noise, to 0, finished. It starts u rows after the one before it.
 
-    sigma of frame 0, 1, 2 ...      autoregressive    pyramid, u = 2    full sequence
-    .31  2.4  .08  .90  .02  17.       4 4 4 4           4 4 4 4           4 4 4 4     steps
-    .75  .11  5.0  .04  1.2  .46       3 4 4 4           3 4 4 4           3 3 3 3       |
-    .05  .62  .19  31.  .33  .07       2 4 4 4           2 4 4 4           2 2 2 2       |
-                                       1 4 4 4           1 3 4 4           1 1 1 1       |
-                                       0 4 4 4           0 2 4 4           0 0 0 0       v
-                                       0 3 4 4           0 1 3 4
-                                         ...               ...
-Why history carries noise: generated frames are slightly wrong, and the errors would grow. A little
-noise hides them, and a label tells the network how much. Even given frames get it: in training too,
-each frame has the noise that its label tells. The price: details are lost. (Paper: stabilization.)
+    autoregressive, u = S    pyramid, u = 2    full sequence, u = 0
+          4 4 4 4               4 4 4 4              4 4 4 4
+          3 4 4 4               3 4 4 4              3 3 3 3
+          2 4 4 4               2 4 4 4              2 2 2 2
+          1 4 4 4               1 3 4 4              1 1 1 1
+          0 4 4 4               0 2 4 4              0 0 0 0
+          0 3 4 4 ...           0 1 3 4 ...
 
-Glossary
-  B, T, C, H, W   batch, frames, channels, height, width; always in this order
-  t               the number of a frame; never a diffusion time
+  B, T, C, H, W   batch, frames, channels, height, width, always in this order; t numbers frames
   x               frames, pixels in [-1, 1]; a noisy frame is x + sigma * standard normal noise
-  sigma (B, T)    how much noise each frame has: its standard deviation, in the units of x
+  sigma (B, T)    how much noise each frame has, in the units of x (Config has others: see there)
   D               what the denoiser says: the mean of all clean frames that fit the noisy ones
-  S, k            sampling steps of one frame; a level k in 0..S, where 0 is clean, S pure noise
   K (M+1, T)      scheduling matrix: K[m, t] is the level of frame t before step m; K[M] is all 0
-  context         given frames at the start of a video; keyframes: later ones (two-way models only)
-  history         all given and finished frames, as the network sees them: with a little noise
-  state           what the network keeps of the history: keys and values, or a hidden state
-  in flight       started and not yet finished: the frames that a sampling step works on
 
-Departures from the paper: sigma, preconditioning, weighting and steps without randomness are those
-of EDM (arXiv 2206.00364), not those of DDPM; loss weights are learned; a step may use the D of the
-one before; a GRU, or attention with a cache, works at every place of a U-Net (paper: convolutional
-GRU); rows of the matrix are in the order of sampling; in half of the clips, noise alternates.
+A bidirectional model (causal=False) also sees later frames. All frames are in every call, so it has
+no state and no `rollout`: `sample` makes one clip, of at most `window` frames. In return, it may
+have keyframes, and fills in what is between them. For latents in place of pixels, Config has their
+channels, height and width, and patch = 1. Scale all channels alike: sigma_data is one number.
 
-Does not include: autoencoders, text conditioning, discrete levels of noise. For latents in place
-of pixels, set channels, height and width of Config to theirs and patch = 1, and measure data_mean
-and sigma_data on them (scale all channels to about the same deviation first).
+Departures from the paper: EDM (arXiv 2206.00364) in place of DDPM; a step may use the D of the one
+before; noise alternates in half of the clips; attention or a GRU at every place of a U-Net, not a
+convolutional GRU; rows of the matrix in the order of sampling, not the last one first.
 """
 
+import io
 import itertools
 import math
 import os
@@ -54,14 +46,74 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # EDM's F is called "the network" here
 from torch import nn
 
-# ==== 1. Config: what training, sampling and network agree on. It travels in the checkpoint. =====
+# ==== 1. Config: what training, sampling and the network agree on. ===============================
 
 FORCINGS = ("diffusion", "full_sequence", "teacher")
 SCHEDULES = ("autoregressive", "pyramid", "full_sequence", "trapezoid")
-SOLVERS, MIXERS = ("euler", "multistep"), ("attention", "gru")
+SOLVERS = ("euler", "multistep")
+VERSION = 2  # of the checkpoints
+
+
+@dataclass
+class Config:
+    """Sizes, network and noise. It travels in the checkpoint. data_mean and sigma_data are measured
+    on the clips, in frame units: those of x. Every other sigma here is stated for data of standard
+    deviation 0.5, as in EDM, so that it suits any clips; `in_frame_units` alone converts it."""
+    height: int = 32
+    width: int = 32
+    channels: int = 3                # or those of latents in place of pixels
+    action_dim: int = 0              # numbers in the action that leads to a frame; 0: no actions
+    clip_frames: int = 16            # T in training; a rollout goes far beyond it
+    stride: int = 1                  # a clip has every stride-th frame of its video
+    data_mean: tuple = ()            # mean of each channel; (): zeros
+    sigma_data: float = 0.5          # standard deviation around data_mean
+    action_scale: tuple = ()         # root mean square of each number in an action; (): ones
+
+    temporal: str = "attention"      # where frames meet: one of MIXERS
+    causal: bool = True              # False: a bidirectional model; frames also see later ones
+    window: int = 16                 # attention: a frame sees itself and window - 1 frames back
+    patch: int = 2                   # the U-Net works at 1/patch of the resolution
+    dim: int = 32                    # channels at the highest resolution of the U-Net ...
+    dim_mults: tuple = (1, 2)        # ... and their multiples, one for each resolution
+    head_dim: int = 16               # channels of one attention head
+
+    forcing: str = "diffusion"       # how to train: see diffusion_forcing_loss
+    P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
+    P_std: float = 2.4               # ... and this standard deviation, twice as wide as in EDM
+    alternating: float = 0.5         # share of the clips in which noise alternates
+    sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
+    sigma_max: float = 80.0          # and then to 0
+    rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
+    context_noise: float = 0.05      # sigma of all history, given or generated
+
+    def in_frame_units(self, sigma):
+        """A sigma as it stands in Config -> the same in frame units, those of x."""
+        return sigma * self.sigma_data / 0.5
+
+    def __post_init__(self):
+        self.dim_mults = tuple(self.dim_mults)
+        self.data_mean = tuple(float(m) for m in self.data_mean) or (0.0,) * self.channels
+        self.action_scale = tuple(float(a) for a in self.action_scale) or (1.0,) * self.action_dim
+        for name in ("height", "width", "channels", "clip_frames", "stride", "sigma_data", "window",
+                     "patch", "dim", "head_dim", "P_std", "sigma_min", "rho", "context_noise"):
+            value = getattr(self, name)
+            need(0 < value < math.inf, f"{name} is {value}; a number above 0 is needed")
+        need(self.sigma_min < self.sigma_max < math.inf,
+             f"sigma_max is {self.sigma_max}; more than sigma_min, {self.sigma_min}, is needed")
+        multiple = self.patch * 2 ** (len(self.dim_mults) - 1)
+        need(self.height % multiple == 0 and self.width % multiple == 0,
+             f"frames of {self.height}x{self.width}: multiples of {multiple} are needed")
+        dims = [self.dim * m for m in self.dim_mults]
+        fits = all(d > 0 and d % 8 == 0 and d % self.head_dim == 0 for d in dims)
+        need(dims and fits and self.head_dim % 2 == 0,
+             f"channels {dims}: multiples of 8 and of head_dim ({self.head_dim}, even) are needed")
+        need(self.forcing in FORCINGS, f"forcing is {self.forcing!r}; it is one of {FORCINGS}")
+        need(self.temporal in MIXERS, f"temporal is {self.temporal!r}; it is one of {(*MIXERS,)}")
+        need(self.causal or (self.forcing != "teacher" and not MIXERS[self.temporal].causal_only),
+             "teacher forcing, and a GRU, need a causal model")
 
 
 def need(ok, message):
@@ -70,94 +122,38 @@ def need(ok, message):
         raise ValueError(message)
 
 
-@dataclass
-class Config:
-    """Sizes, network and noise. All amounts of noise in it are stated for data of standard
-    deviation 0.5, as in EDM; `in_frame_units` is the one place that converts them to the data at
-    hand. Raises ValueError, with the numbers, for what cannot work."""
-    height: int = 32
-    width: int = 32
-    channels: int = 3
-    action_dim: int = 0              # numbers in the action that leads to a frame; 0: no actions
-    clip_frames: int = 16            # T in training; a rollout goes far beyond it
+# ==== 2. Noise: every frame has its own sigma. This makes it Diffusion Forcing. ==================
 
-    temporal: str = "attention"      # where frames meet: "attention" or "gru"
-    causal: bool = True              # False: a two-way model, in which frames also see later ones
-    window: int = 16                 # attention: a frame sees itself and window - 1 frames back
-    patch: int = 2                   # the U-Net works at 1/patch of the resolution
-    dim: int = 32                    # channels at the highest resolution of the U-Net ...
-    dim_mults: tuple = (1, 2)        # ... and their multiples, one for each resolution
-    head_dim: int = 16               # channels of one attention head
-
-    sigma_data: float = 0.5          # of the training clips: standard deviation around data_mean
-    data_mean: tuple = ()            # mean of each channel; (): zeros
-    action_scale: tuple = ()         # root mean square of each action; (): ones
-
-    P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
-    P_std: float = 2.4               # ... and this standard deviation, twice as wide as in EDM
-    alternating: float = 0.5         # share of clips with a pattern of noise: sample_noise_levels
-    sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
-    sigma_max: float = 80.0          # and then to 0
-    rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
-    context_noise: float = 0.05      # sigma of all history, given or generated: see the top
-
-    def __post_init__(self):
-        self.dim_mults = tuple(self.dim_mults)
-        self.data_mean = tuple(float(m) for m in self.data_mean) or (0.0,) * self.channels
-        self.action_scale = tuple(float(a) for a in self.action_scale) or (1.0,) * self.action_dim
-        for name in ("height", "width", "channels", "clip_frames", "window", "patch", "dim"):
-            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1 is needed")
-        multiple = self.patch * 2 ** (len(self.dim_mults) - 1)
-        need(self.height % multiple == self.width % multiple == 0,
-             f"frames of {self.height}x{self.width}: multiples of {multiple} are needed")
-        need(self.temporal in MIXERS, f"temporal is {self.temporal!r}; one of {MIXERS} is needed")
-        need(self.causal or self.temporal == "attention", "a GRU is always causal")
-        need(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} is not even")
-        dims = [self.dim * m for m in self.dim_mults]
-        need(dims and all(d > 0 and d % 8 == 0 and d % self.head_dim == 0 for d in dims),
-             f"channels {dims}: multiples of 8 and of head_dim {self.head_dim} are needed")
-        need(len(self.data_mean) == self.channels,
-             f"data_mean has {len(self.data_mean)} numbers for {self.channels} channels")
-        need(len(self.action_scale) == self.action_dim and all(a > 0 for a in self.action_scale),
-             f"action_scale {self.action_scale}: {self.action_dim} positive numbers are needed")
-        for name in ("sigma_data", "context_noise", "sigma_min", "rho"):
-            need(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; a number "
-                 "above 0 is needed" + " (frames of one colour?)" * (name == "sigma_data"))
-        need(self.P_std >= 0, f"P_std is {self.P_std}; a standard deviation is never below 0")
-        need(0 <= self.alternating <= 1, f"alternating is {self.alternating}; a share is 0 to 1")
-        need(self.sigma_min < self.sigma_max < math.inf,
-             f"sigma_min {self.sigma_min} must lie below sigma_max {self.sigma_max}")
-
-    def in_frame_units(self, sigma):
-        """An amount of noise as it stands in Config -> the same in the units of the frames."""
-        return sigma * self.sigma_data / 0.5
-
-
-# ==== 2. Noise: every frame has its own sigma. These lines make it Diffusion Forcing. ============
-
-def sample_noise_levels(batch_size, num_frames, config, forcing="diffusion", generator=None):
-    """-> sigma (B, T) for training, in frame units: ln sigma ~ Normal(P_mean, P_std^2).
-
-    Every frame has its own sigma, independent of all others (paper, Algorithm 1). With forcing
-    "full_sequence", all frames of a clip share one. The device is that of the generator.
-    But in config.alternating of the clips of "diffusion", sigmas below and above the median take
-    turns: much noise after little is rare by chance, and from it, actions are learned. In two-way
-    models, chance says which frames are above, and those share one sigma: a gap that is to be
-    filled. Each sigma by itself stays log-normal. Raises ValueError for another forcing.
-    """
-    need(forcing in FORCINGS, f"forcing is {forcing!r}; one of {', '.join(FORCINGS)} is needed")
-    shape = (batch_size, 1 if forcing == "full_sequence" else num_frames)
+def sample_noise_levels(batch_size, num_frames, config, generator=None):
+    """-> sigma (B, T) for training, in frame units: ln sigma ~ Normal(P_mean, P_std^2). Every frame
+    has its own, independent of all others (paper, Algorithm 1); with forcing "full_sequence", all
+    frames of a clip share one. The device is that of the generator."""
     device = generator.device if generator else None
-    normal = torch.randn(shape, generator=generator, device=device)
-    if forcing == "diffusion":
-        rand = lambda *size: torch.rand(size, generator=generator, device=device)
-        draw, much, little = rand(batch_size, 1), normal.abs(), -normal.abs()  # (B,1), (B,T), (B,T)
-        noisy = (torch.arange(num_frames, device=device) + (draw < config.alternating / 2)) % 2 == 0
-        if not config.causal:
-            noisy, much = rand(*shape) < rand(batch_size, 1), much[:, :1]
-        normal = torch.where(draw < config.alternating, torch.where(noisy, much, little), normal)
-    sigma = config.in_frame_units((config.P_mean + config.P_std * normal).exp())
-    return sigma.expand(batch_size, num_frames)
+    normal = torch.randn(batch_size, num_frames, generator=generator, device=device)  # (B,T)
+    if config.forcing == "full_sequence":
+        normal = normal[:, :1].expand(batch_size, num_frames)
+    if config.forcing == "diffusion":
+        normal = alternate(normal, config, generator)
+    return config.in_frame_units((config.P_mean + config.P_std * normal).exp())
+
+
+def alternate(normal, config, generator):
+    """normal (B, T) -> the same, but in config.alternating of the clips, noise below and above the
+    median takes turns from frame to frame. Each frame by itself stays standard normal. What an
+    action does is learned from frames that are too noisy to show it, after frames that are not. By
+    chance, 7 % of all pairs of neighbours go from a sigma below .1 to one above 2, and 11 % if half
+    of the clips alternate. Without it, models of the balls learn late what a push does."""
+    (B, T), device = normal.shape, normal.device
+    rand = lambda *size: torch.rand(size, generator=generator, device=device)
+    alternates = rand(B, 1) < config.alternating  # (B,1): which clips
+    if config.causal:
+        even = torch.arange(T, device=device) % 2 == 0  # (T,)
+        noisy = even == (rand(B, 1) < 0.5)  # (B,T): the even frames, or else the odd ones
+        high = normal.abs()
+    else:
+        noisy = rand(B, T) < rand(B, 1)  # (B,T): any share of the frames, to be filled in, ...
+        high = torch.randn(B, 1, generator=generator, device=device).abs()  # ... all with one sigma
+    return torch.where(alternates, torch.where(noisy, high, -normal.abs()), normal)
 
 
 def randn(shape, like, generator=None):
@@ -171,14 +167,14 @@ def per_frame(v):
     return v[..., None, None, None]
 
 
-# ==== 3. EDM preconditioning and weighting (arXiv 2206.00364, Table 1). F is the network: ========
-#    D(x; sigma) = mu + c_skip (x - mu) + c_out F(c_in (x - mu); c_noise)
+# ==== 3. EDM preconditioning and weighting (arXiv 2206.00364, Table 1). ==========================
+#    D(x; sigma) = mu + c_skip (x - mu) + c_out network(c_in (x - mu); c_noise)
 #
-#    The input and the target of F have unit variance at every sigma. The target is about minus the
-#    noise at low sigma, and the frame at high sigma. mu is the mean of the data (in EDM: 0).
+#    in Denoiser.forward. mu: the mean of the data. Input and target of the network have variance 1:
+#    the target is about minus the noise where sigma is low, and the frame where it is high.
 
 def edm_scalings(sigma, sigma_data):
-    """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma (EDM, Table 1)."""
+    """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma."""
     total = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / total
     c_out = sigma * sigma_data / total.sqrt()
@@ -188,69 +184,39 @@ def edm_scalings(sigma, sigma_data):
 
 
 def loss_weight(sigma, sigma_data):
-    """lambda = 1 / c_out^2 (EDM, Table 1): a network that says 0 has loss 1 at every sigma."""
+    """lambda = 1 / c_out^2: a network that says 0 has loss 1 at every sigma."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 # ==== 4. The training loss (paper, Algorithm 1). =================================================
 
-def diffusion_forcing_loss(model, x, config, *, sigma=None, forcing="diffusion", actions=None,
-                           generator=None, expected_loss=None):
-    """Weighted denoising loss of clips x (B, T, C, H, W) -> scalar. Algorithm 1 of the paper.
+def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, generator=None,
+                           expected_loss=None):
+    """The weighted denoising loss of clips x (B, T, C, H, W) -> scalar, for config.forcing:
 
-    `forcing` selects the training paradigm, and nothing else changes:
       "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
-      "teacher"        next-frame prediction: the frames before each have context_noise, as history.
-    sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t. With
-    ExpectedLoss, each frame counts as loss / exp(u) + u. Raises ValueError for what does not fit.
+      "teacher"        next-frame prediction: as "diffusion", but the past has context_noise.
+
+    sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t; None:
+    they are unknown. expected_loss(sigma, sigma_seen) -> (B, T) is the logarithm of the loss that a
+    frame may be expected to have. Divided by this loss, all frames count the same.
     """
-    B, T = x.shape[:2]
-    drawn = sample_noise_levels(B, T, config, forcing, generator).to(x)
-    sigma = drawn if sigma is None else sigma  # the noise below is the same with a given sigma
-    need(sigma is drawn or sigma.shape == (B, T) and (sigma > 0).all(),
-         f"sigma is {tuple(sigma.shape)}; ({B}, {T}) numbers above 0 are needed")
+    if sigma is None:
+        sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
-    history, sigma_past = None, sigma  # sigma_past: the sigma with which others see a frame
-    if forcing == "teacher":
-        sigma_past = torch.full_like(sigma, config.in_frame_units(config.context_noise))
-        history = (x + per_frame(sigma_past) * randn(x.shape, x, generator), sigma_past)
-    # commit=0: nothing follows a training clip, so no state is kept
-    denoised, _ = model(noisy, sigma, actions=actions, commit=0, history=history)
-    loss = per_frame(loss_weight(sigma, config.sigma_data)) * (denoised - x) ** 2
+    history, sigma_seen = None, sigma  # sigma_seen: the sigma with which later frames see a frame
+    if config.forcing == "teacher":
+        sigma_seen = torch.full_like(sigma, config.in_frame_units(config.context_noise))
+        history = (x + per_frame(sigma_seen) * randn(x.shape, x, generator), sigma_seen)
+
+    D, _ = model(noisy, sigma, actions=actions, commit=0, history=history)  # keeps no state
+    loss = per_frame(loss_weight(sigma, config.sigma_data)) * (D - x) ** 2  # (B,T,C,H,W)
     loss = loss.mean((2, 3, 4))  # (B,T)
-    if expected_loss is not None:  # least where exp(u) is the mean loss, whatever the denoiser
-        u = expected_loss(sigma, sigma_past)
-        loss = loss / u.exp() + u
+    if expected_loss is not None:
+        log_expected = expected_loss(sigma, sigma_seen)  # (B,T)
+        loss = loss / log_expected.exp() + log_expected  # least where exp(.) is the mean loss
     return loss.mean()
-
-
-class ExpectedLoss(nn.Module):
-    """-> u (B, T): exp(u) is the loss to be expected of a frame, from its own sigma (B, T) and from
-    sigma_past (B, T) of the four frames before it (two-way: and of the four after). For training.
-
-    A frame with little noise, or after nearly clean ones, often has a far smaller loss than others.
-    In a plain mean such frames hardly count, but a rollout needs them. Divided by what is expected,
-    every mixture counts the same. The optimal denoiser stays what it was, as exp(u) does not depend
-    on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.) The paper's fused SNR weighting
-    is a formula for this. With it, balls move less smoothly and obey fewer pushes. But in short
-    trainings on flights of a lander, fewer landers fade away (assets/RESULTS.md).
-    """
-
-    def __init__(self, config, past=4, width=64):
-        super().__init__()
-        self.config, self.past, self.ahead = config, past, 0 if config.causal else past
-        self.layers = nn.Sequential(nn.Linear(past + 1 + self.ahead, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1)))
-
-    def forward(self, sigma, sigma_past):
-        unknown = self.config.in_frame_units(self.config.sigma_max)  # beyond the clip: pure noise
-        seen = F.pad(sigma_past, (self.past, self.ahead), value=unknown)
-        sigmas = seen.unfold(1, self.past + 1 + self.ahead, 1).clone()  # (B,T,past+1+ahead)
-        sigmas[..., self.past] = sigma
-        *_, c_noise = edm_scalings(sigmas, self.config.sigma_data)
-        with torch.autocast(sigma.device.type, enabled=False):
-            return self.layers(2 * c_noise)[..., 0]  # times 2: about unit variance
 
 
 # ==== 5. Scheduling matrices (paper, section 3.3): the level of each frame at each step. =========
@@ -258,7 +224,6 @@ class ExpectedLoss(nn.Module):
 def karras_sigmas(num_steps, config):
     """-> (S+1,) the sigma of each level, in frame units: [0] = 0, [1] = sigma_min, [S] = sigma_max
     (EDM, eq. 5, in increasing order). A single step starts at sigma_max."""
-    need(num_steps >= 1, f"num_steps is {num_steps}; at least 1 is needed")
     low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
     sigmas = torch.linspace(high, low, num_steps).flip(0) ** config.rho
     return config.in_frame_units(torch.cat([torch.zeros(1), sigmas]))
@@ -266,208 +231,208 @@ def karras_sigmas(num_steps, config):
 
 def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
     """-> int64 (M+1, T), K[m, t] = clip(S + floor(u t) - m, 0, S). A frame comes down S levels, one
-    in each row, and starts u rows after the frame before it.
+    in each row, and starts u rows after the frame before it:
 
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
-      "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for two-way models only
+      "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for bidirectional models
 
-    One call of the network serves all frames in flight, in a pyramid about S / u. So T frames take
-    S + floor(u (T - 1)) calls: it has to fill and to drain. An endless one takes u calls for each:
-    rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u).
+    One call of the network serves all frames in flight, in a pyramid about S / u. T frames take
+    S + floor(u (T - 1)) calls, as it has to fill and to drain. With T = 1, all kinds are the same.
     """
-    need(kind in SCHEDULES, f"schedule is {kind!r}; one of {', '.join(SCHEDULES)} is needed")
+    need(kind in SCHEDULES, f"schedule is {kind!r}; it is one of {', '.join(SCHEDULES)}")
     need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
     u = {"full_sequence": 0, "autoregressive": num_steps}.get(kind, uncertainty)
-    last = num_frames - 1 if kind == "trapezoid" else math.inf  # infinite: min is t
-    start = torch.tensor([math.floor(u * min(t, last - t)) for t in range(num_frames)])  # (T,)
-    m = torch.arange(num_steps + int(start.max()) + 1)  # (M+1,)
-    return (num_steps + start - m[:, None]).clamp(0, num_steps)
+    turn = [min(t, num_frames - 1 - t) if kind == "trapezoid" else t for t in range(num_frames)]
+    start = torch.tensor([math.floor(u * n) for n in turn])  # (T,): the row in which each starts
+    m = torch.arange(num_steps + int(start.max()) + 1)[:, None]  # (M+1,1)
+    return (num_steps + start - m).clamp(0, num_steps)
+
+
+# ==== 6. Sampling, as the paper says it (Algorithm 2). ===========================================
+
+@torch.no_grad()
+def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_size=1,
+           solver="multistep", generator=None, config=None):
+    """Algorithm 2 of the paper: all T frames are in every call -> (B, T, C, H, W), context first.
+
+    model      anything that is called like Denoiser.forward; config defaults to model.config
+    matrix     (M+1, T - T_context) integers, from a row of S to a row of 0
+    context    (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
+    keyframes  {t: (B, C, H, W)}: frame t, context counted, is given, not sampled
+    actions    (B, T or more, A): row t leads to frame t; None: they are unknown
+    """
+    config = config or model.config
+    context = no_frames(model, batch_size, config) if context is None else context
+    given = dict(enumerate(context.unbind(1))) | (keyframes or {})  # {t: (B,C,H,W)}
+    T = context.shape[1] + matrix.shape[-1]
+    check_call(matrix, T, context, actions, solver, config, keyframes=keyframes or {})
+
+    K = F.pad(matrix.cpu(), (context.shape[1], 0))  # (M+1,T)
+    K[:, list(given)] = 0  # given frames are columns of zeros
+    K = K.unique_consecutive(dim=0)  # without rows in which nothing moves
+    sigmas = karras_sigmas(int(matrix.max()), config).to(context)[K]  # (M+1,T)
+
+    # Noise is drawn frame by frame, as in `rollout`, so that equal seeds give equal frames.
+    noise = lambda: randn((len(context), *context.shape[2:]), context, generator)  # (B,C,H,W)
+    pairs = [(given[t] if t in given else sigmas[0, t] * noise(), noise()) for t in range(T)]
+    x, eps = (torch.stack(frames, 1) for frames in zip(*pairs))  # (B,T,C,H,W) each
+    actions = None if actions is None else actions[:, :T].to(x)  # (B,T,A)
+    D_last, s_last = x, torch.full_like(sigmas[0], math.inf)  # no step was taken yet
+    for s, s_next in zip(sigmas, sigmas[1:]):  # (T,) each: before and after this step
+        # Given and finished frames get context_noise, and the network is told so. It hides their
+        # errors. It must be there: clean frames that are called noisy never occur in training.
+        told = torch.where(s > 0, s, config.in_frame_units(config.context_noise))  # (T,)
+        seen = x + per_frame(told - s) * eps  # (B,T,C,H,W)
+        D, _ = model(seen, told.expand(len(x), T), actions=actions, commit=0)
+        x = solver_step(x, D, D_last, s_last, s, s_next, solver)
+        D_last = torch.where(per_frame(s_next < s), D, D_last)
+        s_last = torch.where(s_next < s, s, s_last)
+    return x
+
+
+def solver_step(x, D, D_last, s_last, s, s_next, solver):
+    """Takes each frame of x (B, T, C, H, W) from its sigma s (T,) to s_next (T,). Euler's step for
+    dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s, here written so
+    that it lands on D at 0. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2)
+    puts in place of D what D may be halfway: on the line, in ln sigma, through D_last, which was
+    found at s_last (T,), and D."""
+    target = D
+    if solver == "multistep":
+        # A first step has no D_last: s_last is infinite, so ahead = 0. A step to 0 has no halfway.
+        ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)  # (T,)
+        target = D + per_frame(ahead) * (D - D_last)
+    stepped = target + per_frame(s_next / s) * (x - target)
+    # A frame whose level is held keeps every bit. (For a finished one, stepped is 0 / 0.)
+    return torch.where(per_frame(s_next < s), stepped, x)
+
+
+# ==== 7. Rollout: the same with a state, for causal models, for as long as you like. =============
+
+def rollout(model, matrix, num_frames, context=None, *, period=None, actions=None, batch_size=1,
+            solver="multistep", generator=None, config=None):
+    """Algorithm 2 with a state -> iterator over num_frames frames (B, C, H, W), context first, each
+    as soon as it is finished. Neither memory nor the time for a frame grows.
+
+    The matrix is laid along time, copy after copy. Each starts `period` rows after the one before
+    it; by default M, so that no two overlap. With one column (S, S - 1 ... 0), the period makes the
+    schedule: it is the u of an endless pyramid, which takes u calls for each frame, as in
+    rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u).
+
+    num_frames counts the context; None: go on for ever, or until the actions end. actions may also
+    be an iterator over (B, A). It is asked for the action of frame t when that frame starts: after
+    frame t - 1 was yielded (in a pyramid, frame t - S / u). All else is as in `sample`.
+    """
+    config = config or model.config
+    context = no_frames(model, batch_size, config) if context is None else context
+    period = len(matrix) - 1 if period is None else period
+    check_call(matrix, num_frames, context, actions, solver, config, period)
+    if actions is None:
+        actions = itertools.repeat(context.new_full((len(context), config.action_dim), math.nan))
+    actions = iter(actions.unbind(1) if torch.is_tensor(actions) else actions)
+    return roll(model, matrix.tolist(), num_frames, context, period, actions, solver, generator,
+                config)
 
 
 def endless_level(matrix, period, row, t):
-    """The level of frame t, counted from the end of the context, in one row of the endless matrix:
-    copies of `matrix` (a list of rows) side by side, T frames each. Copy j starts floor(j * period)
-    rows after copy 0. Before that its frames are at S, and after its end at 0."""
+    """The level of frame t, where t = 0 follows the context, in one row of the endless matrix. Copy
+    j of matrix (a list of rows) starts floor(j * period) rows after copy 0."""
     copy, column = divmod(t, len(matrix[0]))
-    row -= math.floor(copy * period)  # Python's floats: a float32 would round much sooner
-    return 0 if t < 0 else matrix[min(max(row, 0), len(matrix) - 1)][column]
-
-
-# ==== 6. Sampling and rollout (paper, Algorithm 2). ==============================================
-
-def sample(model, matrix, context=None, **options):
-    """rollout of one copy of the matrix -> (B, T_context + matrix.shape[1], C, H, W)."""
-    num_frames = matrix.shape[1] + (0 if context is None else context.shape[1])
-    return torch.stack(list(rollout(model, matrix, num_frames, context, **options)), 1)
-
-
-def rollout(model, matrix, num_frames, context=None, *, period=None, keyframes=None, actions=None,
-            batch_size=1, solver="multistep", generator=None, config=None):
-    """Algorithm 2 of the paper -> iterator over num_frames frames (B, C, H, W), context first: each
-    as soon as it and all before it are finished. Memory and the time for a frame do not grow.
-    model       anything that is called like Denoiser.forward; config defaults to model.config
-    matrix      (M+1, T) integers, from a row of S to a row of 0; see endless_level for period
-    period      rows from the start of a copy to that of the next; default M: no two overlap
-    num_frames  counts the context; None: go on for ever, or until the actions end
-    context     (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
-    keyframes   {t: (B, C, H, W)}: frame t of the video, context counted, is given, not sampled
-    actions     (B, num_frames or more, action_dim), or an iterator over (B, action_dim), whose end
-                ends the rollout. Row t leads to frame t, from frame 0 on. It is asked for when
-                frame t joins: after frame t - 1 was yielded (in a pyramid, frame t - S / u)
-    A two-way model (causal=False) keeps no state: all frames are in each call, those of one copy.
-    Raises ValueError for what cannot work, before anything is computed.
-    """
-    config = config or model.config
-    size = (config.channels, config.height, config.width)
-    if context is None:
-        need(batch_size >= 1, f"batch_size is {batch_size}; at least 1 is needed")
-        weights = model.parameters() if isinstance(model, nn.Module) else iter(())
-        context = next(weights, torch.empty(0)).new_empty(batch_size, 0, *size)
-    need(context.ndim == 5 and context.shape[2:] == size and context.is_floating_point(),
-         f"context is {context.dtype} {tuple(context.shape)}; floats (B, T, *{size}) are needed")
-    B, num_context = context.shape[:2]
-    if torch.is_tensor(actions):
-        need(actions.ndim == 3 and actions.shape[::2] == (B, config.action_dim)
-             and actions.shape[1] >= (num_frames or 1), f"actions are {tuple(actions.shape)}; "
-             f"({B}, {num_frames or 'one row for each frame'}, {config.action_dim}) is needed")
-        actions = actions.unbind(1)
-    need(num_frames is None or num_frames >= max(num_context, 1), f"num_frames is {num_frames}; "
-         f"it counts the {num_context} frames of context, and is at least 1")
-    need(solver in SOLVERS, f"solver is {solver!r}; one of {', '.join(SOLVERS)} is needed")
-    period = check_matrix(matrix := matrix.cpu(), period, config.causal)
-    longest = math.inf if config.causal else min(num_context + matrix.shape[1], config.window)
-    need((num_frames or math.inf) <= longest, f"num_frames is {num_frames}; a two-way model rolls "
-         f"out one copy of the matrix, within its window: here {longest}")
-    need(not keyframes or not config.causal, "keyframes need a two-way model (causal=False)")
-    for t, x in (keyframes := keyframes or {}).items():
-        need(t in range(num_context, num_frames), f"keyframe {t} is in the context or past the end")
-        need((x.dtype, x.shape) == (context.dtype, (B, *size)), f"keyframe {t} is {x.dtype} "
-             f"{tuple(x.shape)}; {context.dtype} {(B, *size)} is needed")
-    return roll(model, matrix.tolist(), num_frames, context, keyframes, period, actions, solver,
-                generator, config)
-
-
-def check_matrix(matrix, period, causal):
-    """-> the period, or M. The state takes frames in order: none may be cleaner than one before."""
-    need(matrix.ndim == 2 and matrix.numel() and not matrix.is_floating_point(),
-         "a scheduling matrix holds integers: one row for each step, one column for each frame")
-    need(matrix.max() > 0 and (matrix[0] == matrix.max()).all() and (matrix[-1] == 0).all()
-         and (matrix.diff(dim=0) <= 0).all(),
-         "a scheduling matrix starts with a row of S, ends with a row of 0, and never rises")
-    period = len(matrix) - 1 if period is None else period
-    need(0 < period < math.inf, f"period is {period}; a number above 0 is needed")
-    next_copy = matrix[(torch.arange(len(matrix)) - math.floor(period)).clamp(min=0), 0]
-    in_order = (matrix.diff(dim=1) >= 0).all() and (next_copy >= matrix[:, -1]).all()
-    need(in_order or not causal, "for a causal model, in no row may a frame be cleaner than one "
-         f"before it: take another matrix or, if copies clash, a longer period than {period}")
-    return period
-
-
-@dataclass
-class Frame:
-    """What `roll` keeps of each frame that is not in the state yet. x, eps, D: (B, C, H, W)."""
-    t: int                     # its number in the video, context included
-    action: torch.Tensor       # (B, A), the one that leads to it; None: there are no actions
-    x: torch.Tensor
-    eps: torch.Tensor          # its one draw of noise as history
-    D: torch.Tensor            # what it was denoised to in its last step; before the first step: x
-    s_last: float = math.inf   # its sigma before that step; infinite: there was none
-
-
-def all_frames(given, num_frames, actions, sigma_max, noise):
-    """-> iterator over every Frame: x is that of `given`, {t: x}, or pure noise. The action of each
-    is asked for with it. It ends after num_frames, or where the actions end."""
-    numbers = itertools.count() if num_frames is None else range(num_frames)
-    for t, action in zip(numbers, itertools.repeat(None) if actions is None else actions):
-        x = given[t] if t in given else sigma_max * noise()
-        yield Frame(t, action, x, noise(), x)
+    start = math.floor(copy * period)  # Python's floats: a float32 would round too soon
+    row = min(max(row - start, 0), len(matrix) - 1)  # S before its start, 0 after its end
+    return matrix[row][column] if t >= 0 else 0
 
 
 @torch.no_grad()
-def roll(model, matrix, num_frames, context, keyframes, period, actions, solver, generator, config):
-    """The loop of `rollout`: one network call for each row in which a level changes."""
-    (B, num_context, *size), S = context.shape, matrix[0][0]
-    given = dict(enumerate(context.unbind(1))) | {t: x.to(context) for t, x in keyframes.items()}
-    sigmas = karras_sigmas(S, config).to(context.dtype)  # (S+1,), on the CPU
-    noise = lambda: randn((B, *size), context, generator)
-    level = lambda row, t: 0 if t in given else endless_level(matrix, period, row, t - num_context)
+def roll(model, matrix, num_frames, context, period, actions, solver, generator, config):
+    """The loop of `rollout`: one call for each row in which a level changes. The tensors are those
+    of `sample`, but only of n frames: of those that have started and are not in the state yet."""
+    num_context, S = context.shape[1], matrix[0][0]
+    sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
+    noise = lambda: randn((len(context), 1, *context.shape[2:]), context, generator)  # (B,1,C,H,W)
+    level = lambda row, t: endless_level(matrix, period, row, t - num_context)
+    x = eps = D_last = context[:, :0]  # (B,n,C,H,W) each; at first, n = 0
+    s_last, acts = sigmas[:0], context.new_empty(len(x), 0, config.action_dim)  # (n,), (B,n,A)
+    joined, state = 0, None
 
-    upcoming = all_frames(given, num_frames, actions, float(sigmas[S]), noise)
-    frames, ended, state = list(itertools.islice(upcoming, num_context)), False, None
-    joined, yielded = len(frames), 0
     for row in itertools.count():
-        # Yield, in the order of time, what is finished. Cloned, since the caller may change it.
-        while yielded < joined and level(row, yielded) == 0:
-            yield frames[yielded - joined].x.clone()  # counted from the last frame
-            yielded += 1
-        # Join: a frame joins in the row in which it starts. Before that it costs nothing: it does
-        # not move, and nobody sees it, as no later frame has started. (Two-way: all see all.)
-        while not ended and (level(row + 1, joined) < S or not config.causal):
-            new = list(itertools.islice(upcoming, 1))  # nothing, if the video ends here
-            frames, joined, ended = frames + new, joined + len(new), not new
-        if ended and yielded == joined:
+        # A frame joins in the row in which it starts: it is below S in the next one. Before that it
+        # costs nothing, for it does not change, and no earlier frame may see it.
+        while joined != num_frames and level(row + 1, joined) < S:
+            action = next(actions, None)
+            if action is None:  # the video ends where its actions end
+                num_frames = joined
+                break
+            if joined < num_context:
+                new = context[:, joined : joined + 1]  # (B,1,C,H,W)
+                yield new[:, 0].clone()  # a copy, for the caller may change it
+            else:
+                new = sigmas[S] * noise()
+            x, D_last = torch.cat([x, new], 1), torch.cat([D_last, new], 1)
+            eps, acts = torch.cat([eps, noise()], 1), torch.cat([acts, action[:, None].to(x)], 1)
+            s_last = F.pad(s_last, (0, 1), value=math.inf)  # no step was taken yet
+            joined += 1
+
+        frames = range(joined - x.shape[1], joined)
+        now, after = ([level(r, t) for t in frames] for r in (row, row + 1))
+        if joined == num_frames and not any(now):
             return
-        now, after = ([level(r, frame.t) for frame in frames] for r in (row, row + 1))
-        if now == after:  # nothing moves: no call
+        if now == after:
             continue
-        # Mark the history: finished frames get context_noise, and the label says so. In this call,
-        # the first after they finished, they enter the state. (Two-way: they are in every call.)
-        s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each, for n frames in this call
-        added = config.in_frame_units(config.context_noise) * (s == 0).to(s)
-        finished = now.count(0) if config.causal else 0
-        # The multistep solver (DPM-Solver++(2M), arXiv 2211.01095) looks ahead: D_half is D halfway
-        # through the step, on the line through D_last and this D, in ln sigma. A first step
-        # has no D_last, and the step to 0 has no halfway: there ahead = 0, which is Euler's step.
-        s_last = torch.tensor([frame.s_last for frame in frames]).to(s)
-        ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)
-        ahead = ahead * (solver == "multistep")
-        # Denoise. All small numbers go to the device at once: each transfer makes a GPU wait.
-        label, *factors = torch.stack([s + added, added, ahead, s_next / s]).to(context)
-        added, ahead, shrink = map(per_frame, factors)
-        x, eps, D_last = (torch.stack([getattr(frame, name) for frame in frames], 1)
-                          for name in ("x", "eps", "D"))  # (B,n,C,H,W) each
-        acts = None if actions is None else torch.stack([f.action for f in frames], 1).to(x)
-        D, state = model(x + added * eps, label.expand(B, -1), state, actions=acts, commit=finished)
-        # Step: Euler's is x + (s_next - s) (x - D) / s. So written, a step to 0 lands on D exactly.
-        D_half = D + ahead * (D - D_last)
-        x = D_half + shrink * (x - D_half)
-        for i, frame in enumerate(frames):
-            if now[i] != after[i]:  # a held frame keeps every bit (a finished one: x is 0 / 0 here)
-                frame.x, frame.D, frame.s_last = x[:, i], D[:, i], float(s[i])
-        frames = frames[finished:]  # the others are in the state now
+
+        # As in `sample`. But finished frames, which come first, enter the state in this call.
+        s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each
+        finished = now.count(0)
+        told = torch.where(s > 0, s, config.in_frame_units(config.context_noise))  # (n,)
+        seen = x + per_frame(told - s) * eps  # (B,n,C,H,W)
+        D, state = model(seen, told.expand(len(x), -1), state, actions=acts, commit=finished)
+        x = solver_step(x, D, D_last, s_last, s, s_next, solver)
+        D_last = torch.where(per_frame(s_next < s), D, D_last)
+        s_last = torch.where(s_next < s, s, s_last)
+        for i in range(finished, after.count(0)):
+            yield x[:, i].clone()
+        x, eps, D_last, acts = (each[:, finished:] for each in (x, eps, D_last, acts))
+        s_last = s_last[finished:]
 
 
-# ==== 7. Guidance is a wrapper around the denoiser: no loop needs to know of it. =================
+def no_frames(model, batch_size, config):
+    """-> a context without frames (B, 0, C, H, W), with the device and type of the weights."""
+    weights = next(model.parameters()) if isinstance(model, nn.Module) else torch.empty(0)
+    return weights.new_empty(max(0, batch_size), 0, config.channels, config.height, config.width)
 
-class Guided(nn.Module):
-    """A causal denoiser whose history counts for more: D_less + weight (D - D_less). D_less sees
-    the history through noise of at least `noise`, in the unit of Config: sigma_max hides all of it,
-    less hides its details. Weight 1, or a noise up to context_noise, leaves D as it is. Called like
-    Denoiser; the state is that of 2B clips. (History guidance, Song et al., arXiv 2502.06764.)
-    Hiding all of it may go too far: x[t] = .9 x[t-1] + Gaussian chance, of variance 1 in all,
-    becomes 1.08 x[t-1] with weight 1.5, and a long rollout explodes."""
 
-    def __init__(self, model, weight, noise, generator=None):
-        super().__init__()
-        need(model.config.causal, "history guidance: a two-way model keeps no history in a state")
-        self.model, self.config, self.generator = model, model.config, generator
-        self.weight, self.noise = weight, self.config.in_frame_units(noise)
-
-    def forward(self, x, sigma, state=None, *, actions=None, commit=None):
-        """As Denoiser.forward. History gets its noise once, in the call in which it enters."""
-        less, sigma_less = x.clone(), sigma.clone()
-        history, s = less[:, :commit], sigma[:, :commit]  # (B,n,C,H,W), a view of less; (B,n)
-        sigma_less[:, :commit] = s.clamp(min=self.noise)
-        more = (sigma_less[:, :commit] ** 2 - s**2).sqrt()  # variances add up
-        history += per_frame(more) * randn(history.shape, x, self.generator)
-        acts = None if actions is None else torch.cat([actions, actions])
-        D, state = self.model(torch.cat([x, less]), torch.cat([sigma, sigma_less]), state,
-                              actions=acts, commit=commit)
-        D, D_less = D.chunk(2)
-        return torch.lerp(D_less, D, self.weight), state
+def check_call(matrix, num_frames, context, actions, solver, config, period=None, keyframes={}):
+    """Raises ValueError for what `rollout`, which has a period, or `sample` cannot do."""
+    B, num_context, *size = context.shape
+    need(size == [config.channels, config.height, config.width] and context.is_floating_point()
+         and B > 0, f"context is {context.dtype} {tuple(context.shape)}; floats as in Config?")
+    need(num_frames is None or num_frames >= max(num_context, 1), f"num_frames is {num_frames}; "
+         f"it counts the {num_context} frames of context, and is at least 1")
+    if torch.is_tensor(actions):
+        need(actions.shape[::2] == (B, config.action_dim) and actions.shape[1] >= (num_frames or 1),
+             f"actions {tuple(actions.shape)}: ({B}, {num_frames}, {config.action_dim}) is needed")
+    need(solver in SOLVERS, f"solver is {solver!r}; it is one of {SOLVERS}")
+    whole = matrix.ndim == 2 and matrix.numel() > 0 and not matrix.is_floating_point()
+    need(whole and matrix[0].min() == matrix.max() > 0 and matrix[-1].max() == 0
+         and (matrix.diff(dim=0) <= 0).all(), "a scheduling matrix holds integers, from a row of S "
+         "to a row of 0, and never rises")
+    if period is None:
+        need(config.causal or num_frames <= config.window,
+             f"{num_frames} frames; a bidirectional model has at most {config.window}, its window")
+        need(not config.causal or not keyframes, "keyframes need a bidirectional model")
+        for t, x in keyframes.items():
+            fits = x.dtype == context.dtype and [*x.shape] == [B, *size]
+            need(fits and num_context <= t < num_frames,
+                 f"keyframe {t}, {x.dtype} {[*x.shape]}: in the context, past the end, or unlike x")
+    else:
+        need(config.causal, "a bidirectional model keeps no state: take sample, not rollout")
+        need(0 < period < math.inf, f"period is {period}; a number above 0 is needed")
+        next_copy = matrix[(torch.arange(len(matrix)) - math.floor(period)).clamp(min=0), 0]
+        need((matrix.diff(dim=1) >= 0).all() and (next_copy >= matrix[:, -1]).all(),
+             "in no row may a frame be cleaner than one before it: take another matrix or, if "
+             f"copies clash, a longer period than {period}")
 
 
 # ==== 8. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
@@ -479,19 +444,20 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         dims = [config.dim * m for m in config.dim_mults]
+        pairs = list(zip(dims, dims[1:]))
         pixels = config.channels * config.patch**2
         E = 4 * config.dim  # width of the embedding that tells every block about its frame
-        mean = torch.tensor(config.data_mean)[:, None, None]
+        mean = torch.tensor(config.data_mean)[:, None, None]  # (C,1,1)
         self.register_buffer("data_mean", mean, persistent=False)
         self.register_buffer("action_scale", torch.tensor(config.action_scale), persistent=False)
         self.register_buffer("frequency", torch.logspace(-0.5, 1.5, E // 4), persistent=False)
         self.embed_noise = nn.Sequential(nn.Linear(E // 2, E), nn.SiLU(), nn.Linear(E, E))
         self.embed_action = nn.Linear(config.action_dim, E) if config.action_dim else None
+
         self.stem = nn.Conv2d(pixels, dims[0], 3, padding=1)
         self.encoder = nn.ModuleList(Block(d, d, E, config) for d in dims)
-        pairs = list(zip(dims, dims[1:]))
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairs)
-        self.middle = Block(dims[-1], dims[-1], E, config, spatial_attention=True)
+        self.middle = Block(dims[-1], dims[-1], E, config, attend=True)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairs)
         self.decoder = nn.ModuleList(Block(2 * d, d, E, config) for d in dims)
         self.head = nn.Sequential(nn.GroupNorm(8, dims[0]), nn.SiLU(),
@@ -499,171 +465,189 @@ class Denoiser(nn.Module):
         self.to(memory_format=torch.channels_last)  # about twice as fast for convolutions
 
     def forward(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
-        """x (B, T, C, H, W), sigma (B, T), all above 0 -> denoised (B, T, C, H, W), state.
+        """x (B, T, C, H, W), sigma (B, T), all above 0 -> D (B, T, C, H, W), state.
 
         state    what the last call returned, about the frames before x[:, 0]; None: there are none
         commit   how many frames of this call, from its first on, enter the state; None: all
-        actions  (B, T, action_dim); None: zeros
-        history  for teacher forcing, (x_clean (B, T, C, H, W), sigma_clean (B, T)): each frame sees
-                 the clean frames before it, and itself, in one pass of 2T frames, [clean | noisy]
-        Raises ValueError for shapes that do not fit, and on a CPU for a sigma of 0.
+        actions  (B, T, A), row t leads to frame t; None, and a row with NaN: unknown, and not zeros
+        history  for teacher forcing: (x, sigma) of the same frames, with little noise; section 9
         """
-        (B, T), c = x.shape[:2], self.config
-        need(x.shape[2:] == (c.channels, c.height, c.width) and sigma.shape == (B, T),
-             f"x {tuple(x.shape)}, sigma {tuple(sigma.shape)} do not fit Config, or each other")
-        need(actions is None or actions.shape == (B, T, c.action_dim),
-             f"actions must be ({B}, {T}, {c.action_dim})")
-        need(commit is None or 0 <= commit <= T, f"commit is {commit}; 0 to {T} is needed")
-        need(sigma.device.type != "cpu" or (sigma > 0).all(),  # a GPU would have to wait for this
-             "sigma must be above 0, for its label is a logarithm: give even clean frames a little")
+        self.check(x, sigma, actions, commit)
+        T = x.shape[1]
+        commit = T if commit is None else commit
         if history is not None:
-            need(state is None and c.causal, "history needs a causal denoiser, without a state")
             x, sigma = torch.cat([history[0], x], 1), torch.cat([history[1], sigma], 1)  # 2T frames
-            commit = T if commit is None else commit  # the clean frames come first
             actions = None if actions is None else torch.cat([actions, actions], 1)
-        *scalings, c_noise = edm_scalings(sigma, c.sigma_data)
+
+        # D = mu + c_skip (x - mu) + c_out network(c_in (x - mu); c_noise): see section 3
+        *scalings, c_noise = edm_scalings(sigma, self.config.sigma_data)
         c_skip, c_out, c_in = map(per_frame, scalings)
         centred = x - self.data_mean
         out, new_state = self.network(c_in * centred, c_noise, state, actions, commit,
                                       two_streams=history is not None)
-        denoised = self.data_mean + c_skip * centred + c_out * out
-        return denoised[:, -T:], state if commit == 0 else new_state
+        D = self.data_mean + c_skip * centred + c_out * out
+        return D[:, -T:], state if commit == 0 else new_state
 
     def network(self, x, c_noise, state, actions, commit, two_streams):
-        """F of EDM. All frames go through it as a batch of B*T; only the mixers know of time."""
+        """EDM's F. All frames go through it as a batch of B*T; only the mixers know of time."""
         B, T = x.shape[:2]
         angle = c_noise[..., None] * self.frequency  # (B,T,E/4)
         emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], -1))  # (B,T,E)
-        if self.embed_action is not None:
-            zeros = emb.new_zeros(B, T, self.config.action_dim)
-            emb = emb + self.embed_action(zeros if actions is None else actions / self.action_scale)
+        if self.embed_action is not None and actions is not None:
+            known = actions.isfinite().all(-1, keepdim=True)  # (B,T,1)
+            actions = torch.where(known, actions, 0)
+            emb = emb + known * self.embed_action(actions / self.action_scale)  # (B,T,E)
         emb = F.silu(emb).flatten(0, 1)  # (BT,E)
-        new = []
 
-        def run(block, h):  # blocks run in a fixed order, which is also the order of their states
-            old = None if state is None else state[len(new)]
-            h, block_state = block(h, emb, B, old, commit, two_streams)
-            new.append(block_state)
-            return h
-
+        depth = len(self.encoder)
+        old = [None] * (2 * depth + 1) if state is None else state  # one for each block
+        new = list(old)
+        pattern = self.middle.mixer.pattern(T, old[depth], two_streams, x.device)
+        skips = []
         h = F.pixel_unshuffle(x.flatten(0, 1), self.config.patch)  # (BT, C*p*p, H/p, W/p)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
-        skips = []
-        for i, block in enumerate(self.encoder):
-            h = run(block, self.down[i - 1](h) if i else h)
+        for i in range(depth):
+            h = self.down[i - 1](h) if i > 0 else h
+            h, new[i] = self.encoder[i](h, emb, B, old[i], commit, pattern)
             skips.append(h)
-        h = run(self.middle, h)
-        for i in reversed(range(len(skips))):
-            h = run(self.decoder[i], torch.cat([h, skips[i]], 1))
-            h = self.up[i - 1](h) if i else h
+        h, new[depth] = self.middle(h, emb, B, old[depth], commit, pattern)
+        for i in reversed(range(depth)):
+            h = torch.cat([h, skips[i]], 1)
+            h, new[-1 - i] = self.decoder[i](h, emb, B, old[-1 - i], commit, pattern)
+            h = self.up[i - 1](h) if i > 0 else h
         h = F.pixel_shuffle(self.head(h), self.config.patch)  # (BT,C,H,W)
         return h.unflatten(0, (B, T)), tuple(new)
+
+    def check(self, x, sigma, actions, commit):
+        """Raises ValueError for what does not fit."""
+        (B, T), c = x.shape[:2], self.config
+        need(x.shape[2:] == (c.channels, c.height, c.width) and sigma.shape == (B, T)
+             and (actions is None or actions.shape == (B, T, c.action_dim)),
+             f"x {tuple(x.shape)}, sigma or actions do not fit Config, or each other")
+        need(commit is None or 0 <= commit <= T, f"commit is {commit}; 0 to {T} is needed")
+        if sigma.device.type == "cpu":  # a GPU would have to wait for this
+            need((sigma > 0).all(), "sigma must be above 0: the network is told its logarithm")
 
 
 class Block(nn.Module):
     """A residual block in space, attention in space (middle block only), a mixer in time."""
 
-    def __init__(self, dim_in, dim_out, E, config, spatial_attention=False):
+    def __init__(self, dim_in, dim_out, E, config, attend=False):
         super().__init__()
         self.spatial = ResBlock(dim_in, dim_out, E)
-        self.attend = (SpatialAttention(dim_out, config.head_dim) if spatial_attention else
-                       nn.Identity())
+        self.attend = SpatialAttention(dim_out, config.head_dim) if attend else nn.Identity()
         self.norm = nn.LayerNorm(dim_out)
-        self.mixer = (TemporalGRU(dim_out) if config.temporal == "gru" else
-                      TemporalAttention(dim_out, config.head_dim, config.window, config.causal))
+        self.mixer = MIXERS[config.temporal](dim_out, config)
 
-    def forward(self, x, emb, B, state, commit, two_streams):
+    def forward(self, x, emb, B, state, commit, pattern):
         h = self.attend(self.spatial(x, emb))  # (BT,C,h,w)
         BT, C, height, width = h.shape
-        z = h.permute(0, 2, 3, 1).reshape(B, BT // B, height * width, C)
+        z = h.permute(0, 2, 3, 1).reshape(B, BT // B, height * width, C)  # (B,T,hw,C)
         z = self.norm(z).transpose(1, 2).flatten(0, 1)  # (B*hw,T,C): one sequence for each place
-        z, state = self.mixer(z, state, commit, two_streams)
+        z, state = self.mixer(z, state, commit, pattern)
         z = z.unflatten(0, (B, height * width)).transpose(1, 2)  # (B,T,hw,C)
         return h + z.reshape(BT, height, width, C).permute(0, 3, 1, 2), state
 
 
-# ==== 9. Temporal mixers: x (N, T, C) -> (N, T, C), and the state after `commit` frames. ==========
-#    Streaming is exact: 16 frames in one call, or 5, then 1, then 10 with the state handed on, give
-#    the same numbers (but for rounding), also past the window: the state keeps all that the next
-#    frame may see. two_streams (teacher forcing): x is [clean frames | the same frames, noisy]. A
-#    frame of both sees the clean frames before it, and itself.
+# ==== 9. Temporal mixers: in them, and only in them, frames meet. ================================
+#    forward(x (N, T, C), state, commit, pattern) -> (N, T, C), and the state after `commit` frames
+#    (0: as it was), for N sequences: one for each place of each clip. Streaming is exact: 16 frames
+#    in one call, or 5, then 1, then 10, give the same numbers. pattern(...): all that forward wants
+#    to know of time, made once for all blocks. With two_streams (teacher forcing, no state), x is
+#    [history | the same frames, noisy]: a frame of both sees the history before it, and itself. A
+#    third mixer needs these methods, causal_only, an `out` that starts at zero, a state of bounded
+#    size (in clones: a view keeps all frames alive), and its name in MIXERS.
 
 class TemporalAttention(nn.Module):
-    """Banded causal attention: a frame sees the last `window` frames, itself included (two-way: as
-    many ahead), and through n mixers, one after the other, it learns of n (window - 1) frames back.
+    """Banded attention: a frame sees the last `window` frames, itself included (bidirectional: as
+    many ahead, too). Through n mixers, one after the other, it learns of n (window - 1) of them.
     State: keys (before rotation) and values of the last frames, (N, heads, < window, d) each."""
+    causal_only = False
 
-    def __init__(self, dim, head_dim, window, causal=True):
+    def __init__(self, dim, config):
         super().__init__()
-        self.head_dim, self.window, self.causal = head_dim, window, causal
+        self.head_dim, self.window, self.causal = config.head_dim, config.window, config.causal
         # The bias is a constant in q and in k. Once both are rotated, their product depends on the
         # distance in time alone, so a head can look "n frames back", whatever the frames show.
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = zero(nn.Linear(dim, dim))
 
-    def forward(self, x, state=None, commit=None, two_streams=False):
+    def pattern(self, T, state, two_streams, device):
+        """-> sees (T, keys), which query sees which key, and cos and sin (keys, d) of the angles by
+        which keys turn (RoPE, arXiv 2104.09864). Queries are the last T of the keys."""
+        keys = T if state is None else T + state[0].shape[2]
+        times = T // 2 if two_streams else keys  # two streams: the same times twice
+        position = torch.arange(keys, device=device) % times  # from the oldest key: it never grows
+        ago = position[-T:, None] - position  # (T,keys): how many frames back a key is
+        sees = (ago < self.window) & (ago >= 0 if self.causal else ago > -self.window)
+        if two_streams:
+            key_is_history = torch.arange(keys, device=device) < times  # (keys,)
+            itself = torch.eye(T, dtype=torch.bool, device=device)
+            sees = (sees & key_is_history & (ago > 0)) | itself
+        # From frame to frame, the first pair of channels turns by 90 degrees, the others by less.
+        pair = torch.arange(self.head_dim // 2, device=device) / (self.head_dim // 2)  # 0 to < 1
+        angle = position[:, None] * (math.pi / 2 * 1000.0**-pair)  # (keys,d/2)
+        return sees, angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
+
+    def forward(self, x, state, commit, pattern):
         N, T, C = x.shape
         qkv = self.qkv(x).view(N, T, 3, C // self.head_dim, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N,heads,T,d) each
         if state is not None:
-            k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        end = k.shape[2] - T + (T if commit is None else commit)
-        keep = slice(max(0, end - self.window + 1), end)  # cloned, so that the rest is freed
-        new_state = state if commit == 0 else (k[:, :, keep].clone(), v[:, :, keep].clone())
-        position = torch.arange(k.shape[2], device=x.device)  # from the oldest key: never grows
-        if two_streams:
-            position = position % (T // 2)
-        ago = position[-T:, None] - position  # (queries,keys)
-        sees = (ago < self.window) & (ago >= 0 if self.causal else ago > -self.window)
-        if two_streams:
-            noisy, itself = torch.arange(T, device=x.device) >= T // 2, torch.eye(T).to(sees)
-            twin = noisy[:, None] & (ago == 0)  # of a noisy frame, its clean twin
-            sees = sees & ~noisy & ~twin | itself  # clean keys, but for the twin; and itself
-        cos, sin = rotation(position, self.head_dim)
+            k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)  # (N,heads,keys,d) each
+        if commit > 0:
+            end = k.shape[2] - T + commit
+            keep = slice(max(0, end - self.window + 1), end)  # all that the next frame may see
+            state = k[:, :, keep].clone(), v[:, :, keep].clone()
+
+        sees, cos, sin = pattern
         q, k = rotary(q, cos[-T:], sin[-T:]), rotary(k, cos, sin)
-        # CUDA's attention kernels take at most 65,535 sequences in one call.
-        parts = zip(q.split(65535), k.split(65535), v.split(65535))
+        parts = zip(q.split(MOST), k.split(MOST), v.split(MOST))
         y = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=sees) for part in parts])
-        return self.out(y.transpose(1, 2).reshape(N, T, C)), new_state
+        return self.out(y.transpose(1, 2).reshape(N, T, C)), state
+
+
+def rotary(x, cos, sin):
+    """Turns pairs of channels of x (N, heads, T, d), a of its first half and b of its second, to
+    (a cos - b sin, b cos + a sin), in few passes: the first half of `sin` has its minus already."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
 class TemporalGRU(nn.Module):
     """A GRU at every place, after the paper's recurrent model. State: the hidden state, (N, C)."""
+    causal_only = True
 
-    def __init__(self, dim):
+    def __init__(self, dim, config):
         super().__init__()
         self.gru = nn.GRU(dim, dim, batch_first=True)
         self.out = zero(nn.Linear(dim, dim))
 
-    @torch.autocast("cuda", enabled=False)  # autocast would run a GRU in float16: it underflows
-    def forward(self, x, state=None, commit=None, two_streams=False):
-        N, T, C = x.shape
+    def pattern(self, T, state, two_streams, device):
+        return two_streams
+
+    # Autocast runs cuDNN's GRU in float16, even where bfloat16 is asked for, and that underflows.
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, x, state, commit, two_streams):
+        N, _, C = x.shape
         first = x.new_zeros(N, C) if state is None else state
-        if two_streams:
-            clean, noisy = x.chunk(2, 1)  # (N,T/2,C) each
-            after, _ = self.gru(clean, first[None])  # (N,T/2,C), after each clean frame
-            before = torch.cat([first[:, None], after[:, :-1]], 1)  # what each noisy frame finds
-            one_step, _ = self.gru(noisy.reshape(-1, 1, C), before.reshape(1, -1, C))
-            hidden = torch.cat([after, one_step.view(N, T // 2, C)], 1)
-        else:
-            hidden, _ = self.gru(x, first[None])  # (N,T,C)
-        new_state = state if commit == 0 else hidden[:, (commit or T) - 1].clone()
-        return self.out(hidden), new_state
+        clean, noisy = x.chunk(2, 1) if two_streams else (x, None)  # (N,T,C) each
+        hidden = self.run(clean, first)  # (N,T,C)
+        if commit > 0:
+            state = hidden[:, commit - 1].clone()
+        if two_streams:  # one step for each noisy frame, from the clean ones before it
+            before = torch.cat([first[:, None], hidden[:, :-1]], 1)  # (N,T,C)
+            step = self.run(noisy.reshape(-1, 1, C), before.reshape(-1, C))  # (NT,1,C)
+            hidden = torch.cat([hidden, step.view_as(hidden)], 1)  # (N,2T,C)
+        return self.out(hidden), state
+
+    def run(self, x, hidden):
+        """x (N, T, C), the hidden state before it (N, C) -> the one after each frame (N, T, C)."""
+        parts = zip(x.split(MOST), hidden[None].split(MOST, 1))
+        return torch.cat([self.gru(*part)[0] for part in parts])
 
 
-def rotation(position, dim):
-    """cos and sin (T, d) of the angles by which frames at `position` (T,) turn (RoPE, arXiv
-    2104.09864): the first pair of channels by a quarter for each frame, the last up to 1000 times
-    slower. A pair is a channel of the first half and the same one of the second."""
-    half = torch.arange(dim // 2, device=position.device) / (dim // 2)
-    angle = position[:, None] * (math.pi / 2 * 1000.0**-half)  # (T,d/2)
-    angle = torch.cat([-angle, angle], -1)  # turns (a, b) to (a cos - b sin, b cos + a sin)
-    return angle.cos(), angle.sin()
-
-
-def rotary(x, cos, sin):
-    """Turns the pairs of channels of x (N, heads, T, d), in few passes over the memory."""
-    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
+MIXERS = {"attention": TemporalAttention, "gru": TemporalGRU}
+MOST = 65_535  # sequences that CUDA's kernels take in one call
 
 
 # ==== 10. Spatial blocks: every frame by itself, x (BT, C, h, w). =================================
@@ -711,10 +695,10 @@ def zero(layer):
     return layer
 
 
-# ==== 11. Checkpoints are written aside and then renamed: what is at `path` is always whole. ======
+# ==== 11. Checkpoints: what is at `path` is always whole. ========================================
 
 @contextmanager
-def aside(path, own=""):
+def atomic_write(path, own=""):
     """-> a path to write to, which takes the place of `path` at the end, or goes if anything fails.
     own: a mark of this process, for files that several may write at once."""
     temporary = Path(f"{path}{own}.tmp")
@@ -726,13 +710,11 @@ def aside(path, own=""):
 
 
 def save_checkpoint(path, config, weights, **extra):
-    """Writes config, weights (a state dict) and any extra tensors, numbers, strings and dicts.
-    Raises OSError, and leaves what was there before."""
-    try:
-        with aside(path) as temporary:
-            torch.save({"config": asdict(config), "weights": weights, **extra}, temporary)
-    except RuntimeError as error:  # what torch makes of a full disk or a lost folder
-        raise OSError(f"{path} cannot be written (is the disk full?)") from error
+    """Writes config, weights (a state dict) and extras. If it fails, what was there stays."""
+    data = io.BytesIO()
+    torch.save({"version": VERSION, "config": asdict(config), "weights": weights, **extra}, data)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
@@ -740,11 +722,14 @@ def load_checkpoint(path, device="cpu"):
     file. Raises OSError, or ValueError for a file that is not such a checkpoint."""
     try:
         extra = torch.load(path, map_location="cpu", weights_only=True)
-        model = Denoiser(Config(**extra.pop("config")))
-        model.load_state_dict(extra.pop("weights"))
+        config, weights = extra.pop("config"), extra.pop("weights")
+        version = extra.pop("version", 1)  # the first one had no number
+        if version == VERSION:
+            model = Denoiser(Config(**config))
+            model.load_state_dict(weights)
     except OSError:
         raise
     except Exception as error:  # whatever a foreign or damaged file provokes
-        kind = type(error).__name__
-        raise ValueError(f"{path} is damaged or not from diffusion_forcing.py ({kind})") from error
+        raise ValueError(f"{path} is damaged or of another program") from error
+    need(version == VERSION, f"{path} has version {version}; {VERSION} is needed: train it anew")
     return model.to(device).eval(), extra

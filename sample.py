@@ -31,7 +31,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from tqdm import tqdm
 
-from diffusion_forcing import (SCHEDULES, SOLVERS, Guided, load_checkpoint, need, rollout,
+from diffusion_forcing import (SCHEDULES, SOLVERS, load_checkpoint, need, rollout, sample,
                                scheduling_matrix)
 
 STEPS, UNCERTAINTY, SOLVER = 8, 2.0, "multistep"  # chosen by rollouts of balls and of real clips
@@ -353,9 +353,9 @@ def matrix_for(schedule, num_frames, steps=STEPS, uncertainty=UNCERTAINTY, two_w
     return scheduling_matrix(schedule, 1, steps), uncertainty if schedule == "pyramid" else None
 
 
-def schedule_for(forcing, config):
+def schedule_for(config):
     """-> the schedule that suits a model: by how it was trained, and whether it looks both ways."""
-    return SCHEDULE_FOR[forcing if config.causal else "full_sequence"]
+    return SCHEDULE_FOR[config.forcing if config.causal else "full_sequence"]
 
 
 def parse_args():
@@ -385,8 +385,6 @@ def parse_args():
         "with few steps; euler pulls towards the mean (%(default)s)")
     add("--context-noise", type=positive_float, help="sigma of the history: more of it forgives "
         "more errors and remembers less (that of the checkpoint)")
-    add("--guidance", type=positive_float, help="weight of the history, against one with ...")
-    add("--guidance-noise", type=positive_float, default=0.5, help="... this sigma (%(default)s)")
     add("--batch", type=positive, default=1, help="number of rollouts, a file each (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--fps", type=positive_float, default=15, help="frames/s of the video (%(default)s)")
@@ -396,10 +394,10 @@ def parse_args():
     return p.parse_args()
 
 
-def load_inputs(args, config, stride):
+def load_inputs(args, config):
     """-> context (batch, context_frames, C, H, W) or None, keyframes {t: (batch, C, H, W)}, actions
     [(batch, A), one for each frame] or None."""
-    context, keyframes = None, {}
+    context, keyframes, stride = None, {}, config.stride
     if args.context:
         length = max(args.context_frames, *(t + 1 for t in args.keyframes), 1)
         clips = [read_clip(c, config.height, config.width, (length - 1) * stride + 1)[::stride]
@@ -446,32 +444,23 @@ def check(args):
     return paths
 
 
-def load_model(args):
-    """-> the denoiser, with guidance if that is asked for, and what else is in the checkpoint."""
-    model, extra = load_checkpoint(args.ckpt, args.device)
-    config = model.config
-    config.context_noise = args.context_noise or config.context_noise
-    if args.guidance:
-        model = Guided(model, args.guidance, args.guidance_noise,
-                       torch.Generator(args.device).manual_seed(args.seed + 1))
-    return model, extra
-
-
-def choose_matrix(args, config, forcing):
+def choose_matrix(args, config):
     """-> matrix and period for `rollout`, and the number of frames, as they suit the model where
     nothing else is asked for. Raises ValueError for what it cannot do."""
-    schedule, num_frames = args.schedule or schedule_for(forcing, config), args.frames
+    schedule, num_frames = args.schedule or schedule_for(config), args.frames
     if args.play:
         need(config.action_dim, f"--play: {args.ckpt} was trained without actions")
         need(config.causal, f"--play: {args.ckpt} looks both ways, and makes whole clips only")
         schedule = "autoregressive"  # only so does an action show in the next frame
     elif not num_frames:
-        whole = forcing == "full_sequence" or not config.causal
+        whole = config.forcing == "full_sequence" or not config.causal
         num_frames = config.clip_frames if whole else 256
     need(schedule == "full_sequence" or not args.tile,
          f"--tile is for --schedule full_sequence only, not for {schedule}")
-    tile = args.tile or (config.clip_frames if config.causal else  # two-way: all that is new
-                         max(1, num_frames - args.context_frames))
+    tile = args.tile or config.clip_frames
+    if not config.causal:
+        tile = num_frames - args.context_frames  # two-way: all that is new
+        need(tile > 0, f"--frames {num_frames}: it counts the {args.context_frames} of the context")
     return *matrix_for(schedule, tile, args.steps, args.uncertainty, not config.causal), num_frames
 
 
@@ -489,21 +478,26 @@ def main():
             return [print(*[0] * args.context_frames, *row) for row in matrix.tolist()]
         paths = check(args)
         args.device = find_device(args.device)
-        model, extra = load_model(args)
+        model, extra = load_checkpoint(args.ckpt, args.device)
         config = model.config
-        forcing = extra.get("forcing", "diffusion" if config.causal else "full_sequence")
-        matrix, period, args.frames = choose_matrix(args, config, forcing)
-        context, keyframes, actions = load_inputs(args, config, extra.get("stride", 1))
+        config.context_noise = args.context_noise or config.context_noise
+        matrix, period, args.frames = choose_matrix(args, config)
+        context, keyframes, actions = load_inputs(args, config)
+        need(not (config.causal and keyframes), f"--keyframes: {args.ckpt} is not a two-way model")
 
         def roll(context, actions, seed, batch_size):
             how = dict(batch_size=batch_size, solver=args.solver,
                        generator=torch.Generator(args.device).manual_seed(seed))
+            if not config.causal:
+                told = None if actions is None else torch.stack(list(actions), 1)
+                return sample(model, matrix, context, keyframes=keyframes, actions=told,
+                              **how).unbind(1)
             if context is None and len(matrix[0]) == 1:  # the first frame alone, then go on from it
                 first = scheduling_matrix("autoregressive", 1, FIRST * args.steps)
                 now, actions = itertools.tee(actions) if config.action_dim else (None, None)
                 context = next(rollout(model, first, 1, actions=now, **how))[:, None]
             return rollout(model, matrix, args.frames, context, period=period, actions=actions,
-                           keyframes=keyframes, **how)
+                           **how)
 
         def world(number, keys):  # the next context, or the next seed
             i = slice(number % args.batch, number % args.batch + 1)

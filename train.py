@@ -12,8 +12,8 @@
 Beside --out model.pt it writes model.resume.pt (what --resume needs), model.csv (the log),
 model.preview.mp4 (real clips above, rollouts from their first frames below) and, at the end,
 model.rollout.mp4 (the same for 256 frames). The log has the training loss (each frame counts as
-loss / exp(u) + u, so it soon falls below zero) and, every 500 steps, the plain loss of held-out
-clips at low, middle and high noise.
+loss / E + ln E, where E is the loss to be expected of it, so it soon falls below zero) and, every
+500 steps, the plain loss of held-out clips at low, middle and high noise.
 """
 
 import argparse
@@ -33,13 +33,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from diffusion_forcing import (FORCINGS, MIXERS, Config, Denoiser, ExpectedLoss, aside,
-                               diffusion_forcing_loss, load_checkpoint, need, rollout,
-                               save_checkpoint)
+from diffusion_forcing import (FORCINGS, MIXERS, Config, Denoiser, atomic_write,
+                               diffusion_forcing_loss, edm_scalings, load_checkpoint, need,
+                               rollout, sample, save_checkpoint, zero)
 from sample import (SOLVER, fail, find_device, in_words, list_images, matrix_for, mistakes,
                     positive, positive_float, read_actions, read_clip, schedule_for, side_file,
                     to_bytes, to_frames, video_writer)
@@ -206,7 +208,7 @@ def cached_clip(file, size, cache):
     clip = read_clip(file, *size)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with aside(path, f".{os.getpid()}") as temporary, open(temporary, "wb") as f:
+        with atomic_write(path, f".{os.getpid()}") as temporary, open(temporary, "wb") as f:
             np.save(f, clip)  # another process may decode the same clip: each has its own file
     except OSError as error:
         fail(f"--cache {cache} cannot be written: {error.strerror or error}")
@@ -244,6 +246,34 @@ def measure(data, s):
 
 
 # ---- the run -------------------------------------------------------------------------------------
+
+
+class ExpectedLoss(nn.Module):
+    """-> (B, T), the logarithm of the loss to be expected of a frame, from its own sigma (B, T) and
+    from sigma_past (B, T) of the four frames before it (two-way: and of the four after).
+
+    A frame with little noise, or after nearly clean ones, often has a far smaller loss than others.
+    In a plain mean such frames hardly count, but a rollout needs them. Divided by what is expected,
+    every mixture counts the same. The optimal denoiser stays what it was, as this does not depend
+    on what frames show. (Kendall et al., arXiv 1705.07115; EDM2.) The paper's fused SNR weighting
+    is a formula for this. With it, balls move less smoothly and obey fewer pushes. But in short
+    trainings on flights of a lander, fewer landers fade away (assets/RESULTS.md).
+    """
+
+    def __init__(self, config, past=4, width=64):
+        super().__init__()
+        self.config, self.past, self.ahead = config, past, 0 if config.causal else past
+        self.layers = nn.Sequential(nn.Linear(past + 1 + self.ahead, width), nn.SiLU(),
+                                    nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1)))
+
+    def forward(self, sigma, sigma_past):
+        unknown = self.config.in_frame_units(self.config.sigma_max)  # beyond the clip: pure noise
+        seen = F.pad(sigma_past, (self.past, self.ahead), value=unknown)
+        sigmas = seen.unfold(1, self.past + 1 + self.ahead, 1).clone()  # (B,T,past+1+ahead)
+        sigmas[..., self.past] = sigma
+        *_, c_noise = edm_scalings(sigmas, self.config.sigma_data)
+        with torch.autocast(sigma.device.type, enabled=False):
+            return self.layers(2 * c_noise)[..., 0]  # times 2: about unit variance
 
 
 def height_width(text):
@@ -338,7 +368,8 @@ def new_model(s, data, init):
     config = dataclasses.replace(
         init.config if init else Config(dim=s.dim, dim_mults=s.dim_mults), height=s.size[0],
         width=s.size[1], action_dim=data.action_dim, clip_frames=s.clip_frames, window=s.window,
-        temporal=s.temporal, context_noise=s.context_noise, **suits, **measure(data, s))
+        temporal=s.temporal, context_noise=s.context_noise, forcing=s.forcing, stride=s.stride,
+        **suits, **measure(data, s))
     torch.manual_seed(s.seed)
     model = Denoiser(config)
     own, old = model.state_dict(), init.state_dict() if init else {}
@@ -353,11 +384,13 @@ def preview(path, model, data, s, num_frames):
     if s.two_way or s.forcing == "full_sequence":
         num_frames = min(s.clip_frames, s.window)
     context = 0 if s.forcing == "full_sequence" else min(CONTEXT, num_frames - 1)
-    matrix, period = matrix_for(schedule_for(s.forcing, model.config), num_frames - context,
-                                two_way=s.two_way)
+    causal = model.config.causal
+    matrix, period = matrix_for(schedule_for(model.config), num_frames - context,
+                                two_way=not causal)
     x, actions, generator = to_device(draw(data, s, 4, num_frames, PREVIEW, data.held_out), s)
-    frames = rollout(model, matrix, num_frames, x[:, :context], period=period, actions=actions,
-                     solver=SOLVER, generator=generator)
+    how = dict(actions=actions, solver=SOLVER, generator=generator)
+    frames = (rollout(model, matrix, num_frames, x[:, :context], period=period, **how) if causal
+              else sample(model, matrix, x[:, :context], **how).unbind(1))
     bar = tqdm(frames, str(path), num_frames, leave=False, unit=" frames")
     try:
         with video_writer(path, 2 * s.size[0], 4 * s.size[1]) as write:
@@ -378,8 +411,8 @@ def validate(model, data, s):
         x, actions, generator = to_device(batch, s)
         sigma = config.in_frame_units(math.exp(config.P_mean + shift * config.P_std))
         losses.append(diffusion_forcing_loss(
-            model, x, config, sigma=x.new_full(x.shape[:2], sigma), forcing=s.forcing,
-            actions=actions, generator=generator).item())
+            model, x, config, sigma=x.new_full(x.shape[:2], sigma), actions=actions,
+            generator=generator).item())
     return losses
 
 
@@ -484,8 +517,7 @@ def main():
             save_checkpoint(resume, config, model.state_dict(), step=step, elapsed=elapsed, log=log,
                             total=float(total), count=count, settings=settings,
                             **{name: part.state_dict() for name, part in parts.items()})
-            save_checkpoint(out, config, ema.state_dict(), step=step, stride=s.stride,
-                            forcing=s.forcing, one_hot=data.one_hot)
+            save_checkpoint(out, config, ema.state_dict(), step=step, one_hot=data.one_hot)
             with contextlib.suppress(OSError):  # it may be open in another program
                 out.with_suffix(".csv").write_text(log)
             save_time = elapsed
@@ -503,7 +535,7 @@ def main():
                 module.require_backward_grad_sync = i == len(batches)
             with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=fast):
                 loss = diffusion_forcing_loss(
-                    network, x, config, forcing=s.forcing, actions=actions, generator=generator,
+                    network, x, config, actions=actions, generator=generator,
                     expected_loss=expect) / len(batches)
             loss.backward()
             total = total + loss.detach()

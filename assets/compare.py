@@ -6,7 +6,6 @@
         models are several seeds: each figure is then their mean
     python assets/compare.py --ckpt model.pt --push      how well a model obeys pushes; push.gif
     python assets/compare.py --ckpt two-way.pt --between two-way models between two given frames
-    python assets/compare.py --ckpt model.pt --guidance  history guidance, on sixteen clips
     python assets/compare.py --slow                      balls that hardly move: how far they get
     python assets/compare.py --matrix                    draws three scheduling matrices
 
@@ -53,8 +52,6 @@ WAYS = [*MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES)]  # fo
 MORE = [  # for a single one
     *(f"--solver euler {way}" for way in MATRICES if way.startswith(FRAMEWISE)),
     *(f"--context-noise {noise}" for noise in (0.002, 0.01, 0.02, 0.05, 0.2, 0.5))]
-GUIDED = ["", *(f"--guidance {weight} --guidance-noise {noise}" for noise in (0.1, 0.5, 80)
-                for weight in (0.5, 1.5, 3))]
 CLIPS, LENGTHS = 8, (16, 64, 256)
 FASTEST = 2.3  # no ball is faster, not even one with the energy of both: pixels a frame
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
@@ -324,20 +321,18 @@ def main():
     p.add_argument("--ckpt", type=Path, nargs="+", help="measure these models, and train none")
     p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
     p.add_argument("--between", action="store_true", help="fill in between two frames with --ckpt")
-    p.add_argument("--guidance", action="store_true", help="measure --ckpt with history guidance")
     p.add_argument("--slow", action="store_true", help="measure balls that hardly move instead")
     p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
-    if (args.push or args.between or args.guidance) and not args.ckpt:
-        p.error("--push, --between and --guidance measure models: --ckpt is needed")
+    if (args.push or args.between) and not args.ckpt:
+        p.error("--push and --between measure models: --ckpt is needed")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.slow:
         return slow(args)
     if args.matrix:
         return draw_matrices(args.out / "matrix.png")
-    count = 2 * CLIPS if args.guidance else CLIPS
-    real, other = (bouncing_balls(count, LENGTHS[-1], np.random.default_rng(n)) for n in (99, 98))
+    real, other = (bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(n)) for n in (99, 98))
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
     ckpts = [path.resolve() for path in args.ckpt or []]
@@ -346,14 +341,13 @@ def main():
     if args.between:
         return between(ckpts, args)
     names = ", ".join(path.stem for path in ckpts)
-    ways = GUIDED if args.guidance else WAYS + MORE * (len(ckpts) == 1)
+    ways = WAYS + MORE * (len(ckpts) == 1)
     wanted = [(names, range(len(ckpts)), ways)] if ckpts else RUNS
     jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(dict.fromkeys((name, seed) for name, _, seed in jobs))
         models = dict(zip(runs, ckpts or pool.map(lambda run: train(*run, args), runs)))
-        clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args,
-                                              num_clips=count), jobs)
+        clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args), jobs)
         rows = {("none: real balls", "none"): [real], ("none: other balls", "none"): [other]}
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)

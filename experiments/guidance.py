@@ -1,0 +1,52 @@
+"""Guidance is a wrapper around the denoiser: no sampling loop needs to know of it.
+
+    model = Guided(model, 1.5, noisier_history(model.config.in_frame_units(0.5)))
+    frames = rollout(model, matrix, 256, context)
+"""
+
+import torch
+from torch import nn
+
+from diffusion_forcing import per_frame, randn
+
+
+class Guided(nn.Module):
+    """A denoiser for which something counts for more: D_weak + weight (D - D_weak). D_weak is what
+    the same model says of weaken(x, sigma, actions, commit), in which this something is missing.
+    Called like Denoiser; the state is a pair, since each of the two has its own."""
+
+    def __init__(self, model, weight, weaken):
+        super().__init__()
+        self.model, self.weight, self.weaken, self.config = model, weight, weaken, model.config
+
+    def forward(self, x, sigma, state=None, *, actions=None, commit=None):
+        commit = x.shape[1] if commit is None else commit
+        state, state_weak = (None, None) if state is None else state
+        D, state = self.model(x, sigma, state, actions=actions, commit=commit)
+        x, sigma, actions = self.weaken(x, sigma, actions, commit)
+        D_weak, state_weak = self.model(x, sigma, state_weak, actions=actions, commit=commit)
+        return torch.lerp(D_weak, D, self.weight), (state, state_weak)
+
+
+def without_actions(x, sigma, actions, commit):
+    """Actions count for more (classifier-free guidance, arXiv 2207.12598). The model must know the
+    world without them, too: from training in which they are unknown at times."""
+    return x, sigma, None
+
+
+def noisier_history(noise, generator=None):
+    """-> a `weaken` with which the history counts for more (history guidance, arXiv 2502.06764). It
+    is seen through noise of at least `noise`, in frame units: sigma_max hides all of it, less hides
+    its details. A frame gets this noise once, in the call in which it enters the state; so, in
+    `sample`, none ever does.
+
+    Hiding all of it may go too far: x[t] = .9 x[t-1] + noise, with variance 1 in all, becomes
+    1.08 x[t-1] with weight 1.5, and a long rollout explodes.
+    """
+    def weaken(x, sigma, actions, commit):
+        history, told = x[:, :commit], sigma[:, :commit].clamp(min=noise)  # (B,n,C,H,W), (B,n)
+        more = (told**2 - sigma[:, :commit] ** 2).sqrt()  # variances add up
+        history = history + per_frame(more) * randn(history.shape, x, generator)
+        x = torch.cat([history, x[:, commit:]], 1)  # (B,T,C,H,W)
+        return x, torch.cat([told, sigma[:, commit:]], 1), actions
+    return weaken
