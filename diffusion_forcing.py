@@ -7,11 +7,11 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   3. In sampling, you choose the mixture. A matrix says how noisy each frame is at each step. Frame
      after frame, all frames together, and everything between: only the matrix differs.
   4. Given and finished frames are the history. The network sees them with a little noise, and is
-     told how much. It hides their errors, which would otherwise add up. (Paper: stabilization.)
+     told how much. The noise hides errors, which would otherwise add up. (Paper: stabilization.)
   5. What the network keeps of them, its state, does not grow: a rollout need not end.
 
-Three scheduling matrices. A row is a step, a column a frame, a number its level. A frame comes down
-in S steps, here 4, from S, pure noise, to 0, finished. It starts u rows after the one before it.
+Three scheduling matrices. Row m has the level of each frame, a column, before step m. A frame comes
+down from S (pure noise, here 4) to 0 (finished), and starts u rows after the frame before it.
 
     autoregressive, u = S    pyramid, u = 2    full sequence, u = 0
           4 4 4 4               4 4 4 4              4 4 4 4
@@ -28,13 +28,13 @@ in S steps, here 4, from S, pure noise, to 0, finished. It starts u rows after t
   K (M+1, T)      scheduling matrix: K[m, t] is the level of frame t before step m; K[M] is all 0
 
 A bidirectional model (causal=False) also sees later frames. All frames are in every call, so it has
-no state and no `rollout`: `sample` makes one clip, of at most `window` frames. In return, it may
-have keyframes, and fills in what is between them. For latents in place of pixels, Config has their
-channels, height and width, and patch = 1. Scale all channels alike: sigma_data is one number.
+no state and no `rollout`: `sample` makes one clip, of at most `window` frames. In return, some of
+its frames may be given, wherever they are: keyframes. To train on latents in place of pixels, set
+channels, height and width to theirs and patch to 1, and scale each channel to the same deviation.
 
 Departures from the paper: EDM (arXiv 2206.00364) in place of DDPM; a step may use the D of the one
-before; noise alternates in half of the clips; attention or a GRU at every place of a U-Net, not a
-convolutional GRU; rows of the matrix in the order of sampling, not the last one first.
+before (`solver_step`); noise alternates in half of the clips (`alternate`); attention or a GRU at
+each place of a U-Net, not a convolutional GRU; the first row of a matrix comes first, not last.
 """
 
 import io
@@ -60,8 +60,8 @@ VERSION = 2  # of the checkpoints
 @dataclass
 class Config:
     """Sizes, network and noise. It travels in the checkpoint. data_mean and sigma_data are measured
-    on the clips, in frame units: those of x. Every other sigma here is stated for data of standard
-    deviation 0.5, as in EDM, so that it suits any clips; `in_frame_units` alone converts it."""
+    on the clips, in frame units: those of x. Every other sigma here, and P_mean, is stated for data
+    of standard deviation 0.5, as in EDM; `in_frame_units` is the one place that converts."""
     height: int = 32
     width: int = 32
     channels: int = 3                # or those of latents in place of pixels
@@ -113,7 +113,7 @@ class Config:
         need(self.forcing in FORCINGS, f"forcing is {self.forcing!r}; it is one of {FORCINGS}")
         need(self.temporal in MIXERS, f"temporal is {self.temporal!r}; it is one of {(*MIXERS,)}")
         need(self.causal or (self.forcing != "teacher" and not MIXERS[self.temporal].causal_only),
-             "teacher forcing, and a GRU, need a causal model")
+             "teacher forcing, and a mixer that is causal_only, need a causal model")
 
 
 def need(ok, message):
@@ -126,8 +126,8 @@ def need(ok, message):
 
 def sample_noise_levels(batch_size, num_frames, config, generator=None):
     """-> sigma (B, T) for training, in frame units: ln sigma ~ Normal(P_mean, P_std^2). Every frame
-    has its own, independent of all others (paper, Algorithm 1); with forcing "full_sequence", all
-    frames of a clip share one. The device is that of the generator."""
+    has its own, independent of all others (paper, Algorithm 1), but see `alternate`. With forcing
+    "full_sequence", all frames of a clip share one. The device is that of the generator."""
     device = generator.device if generator else None
     normal = torch.randn(batch_size, num_frames, generator=generator, device=device)  # (B,T)
     if config.forcing == "full_sequence":
@@ -138,11 +138,11 @@ def sample_noise_levels(batch_size, num_frames, config, generator=None):
 
 
 def alternate(normal, config, generator):
-    """normal (B, T) -> the same, but in config.alternating of the clips, noise below and above the
-    median takes turns from frame to frame. Each frame by itself stays standard normal. What an
-    action does is learned from frames that are too noisy to show it, after frames that are not. By
-    chance, 7 % of all pairs of neighbours go from a sigma below .1 to one above 2, and 11 % if half
-    of the clips alternate. Without it, models of the balls learn late what a push does."""
+    """normal (B, T) -> the same, but config.alternating of the clips mix low and high noise, below
+    and above the median. Each frame by itself stays standard normal. Causal: they take turns. What
+    an action does is learned where a frame is too noisy to show it, and the one before it is not.
+    (From a sigma < .1 to one > 2, in the units of Config, go 7 % of all neighbours by chance, and
+    so 11 %.) Bidirectional: a random share is high, like the frames between keyframes."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -199,8 +199,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
       "teacher"        next-frame prediction: as "diffusion", but the past has context_noise.
 
     sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t; None:
-    they are unknown. expected_loss(sigma, sigma_seen) -> (B, T) is the logarithm of the loss that a
-    frame may be expected to have. Divided by this loss, all frames count the same.
+    they are unknown. expected_loss(sigma, sigma_seen) -> (B, T), a network that is trained along,
+    says the logarithm of the loss to be expected. Divided by it, all frames count the same.
     """
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
@@ -210,7 +210,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
         sigma_seen = torch.full_like(sigma, config.in_frame_units(config.context_noise))
         history = (x + per_frame(sigma_seen) * randn(x.shape, x, generator), sigma_seen)
 
-    D, _ = model(noisy, sigma, actions=actions, commit=0, history=history)  # keeps no state
+    D, _ = model(noisy, sigma, actions=actions, commit=0, history=history)  # see section 8
     loss = per_frame(loss_weight(sigma, config.sigma_data)) * (D - x) ** 2  # (B,T,C,H,W)
     loss = loss.mean((2, 3, 4))  # (B,T)
     if expected_loss is not None:
@@ -238,8 +238,8 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
       "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for bidirectional models
 
-    One call of the network serves all frames in flight, in a pyramid about S / u. T frames take
-    S + floor(u (T - 1)) calls, as it has to fill and to drain. With T = 1, all kinds are the same.
+    One call of the network serves all frames between S and 0, about S / u in a pyramid. So T frames
+    take S + floor(u (T - 1)) calls. With one frame, all kinds are the same.
     """
     need(kind in SCHEDULES, f"schedule is {kind!r}; it is one of {', '.join(SCHEDULES)}")
     need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
@@ -278,12 +278,12 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     # Noise is drawn frame by frame, as in `rollout`, so that equal seeds give equal frames.
     noise = lambda: randn((len(context), *context.shape[2:]), context, generator)  # (B,C,H,W)
     pairs = [(given[t] if t in given else sigmas[0, t] * noise(), noise()) for t in range(T)]
-    x, eps = (torch.stack(frames, 1) for frames in zip(*pairs))  # (B,T,C,H,W) each
+    x, eps = (torch.stack(frames, 1) for frames in zip(*pairs))  # (B,T,C,H,W); eps: as history
     actions = None if actions is None else actions[:, :T].to(x)  # (B,T,A)
     D_last, s_last = x, torch.full_like(sigmas[0], math.inf)  # no step was taken yet
     for s, s_next in zip(sigmas, sigmas[1:]):  # (T,) each: before and after this step
-        # Given and finished frames get context_noise, and the network is told so. It hides their
-        # errors. It must be there: clean frames that are called noisy never occur in training.
+        # Given and finished frames (s = 0) get context_noise, and the network is told so. It hides
+        # errors. It is really added: clean frames that are called noisy never occur in training.
         told = torch.where(s > 0, s, config.in_frame_units(config.context_noise))  # (T,)
         seen = x + per_frame(told - s) * eps  # (B,T,C,H,W)
         D, _ = model(seen, told.expand(len(x), T), actions=actions, commit=0)
@@ -295,10 +295,10 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
 
 def solver_step(x, D, D_last, s_last, s, s_next, solver):
     """Takes each frame of x (B, T, C, H, W) from its sigma s (T,) to s_next (T,). Euler's step for
-    dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s, here written so
-    that it lands on D at 0. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2)
-    puts in place of D what D may be halfway: on the line, in ln sigma, through D_last, which was
-    found at s_last (T,), and D."""
+    dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s. Written as
+    below, it lands on D at 0. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Alg. 2)
+    replaces D by a guess of D in the middle of the step. It draws a line, over ln sigma, through
+    D_last (found at s_last (T,)) and D (found at s), and follows it half a step further."""
     target = D
     if solver == "multistep":
         # A first step has no D_last: s_last is infinite, so ahead = 0. A step to 0 has no halfway.
@@ -316,14 +316,14 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     """Algorithm 2 with a state -> iterator over num_frames frames (B, C, H, W), context first, each
     as soon as it is finished. Neither memory nor the time for a frame grows.
 
-    The matrix is laid along time, copy after copy. Each starts `period` rows after the one before
-    it; by default M, so that no two overlap. With one column (S, S - 1 ... 0), the period makes the
-    schedule: it is the u of an endless pyramid, which takes u calls for each frame, as in
-    rollout(model, scheduling_matrix("pyramid", 1, S), None, period=u).
+    Copies of the matrix follow each other in time. Each starts `period` rows after the one before;
+    by default M, so that no two overlap. If the matrix has one column (S, S - 1 ... 0), each frame
+    is a copy, and `period` is the u of an endless pyramid, which takes u calls for each frame:
+    rollout(model, scheduling_matrix("pyramid", 1, S), num_frames=None, period=u).
 
     num_frames counts the context; None: go on for ever, or until the actions end. actions may also
-    be an iterator over (B, A). It is asked for the action of frame t when that frame starts: after
-    frame t - 1 was yielded (in a pyramid, frame t - S / u). All else is as in `sample`.
+    be an iterator over (B, A). It is asked for the action of frame t when that frame starts: with
+    one column, after frame t - 1 was yielded (or t - S / u). All else is as in `sample`.
     """
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
@@ -336,13 +336,13 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
                 config)
 
 
-def endless_level(matrix, period, row, t):
-    """The level of frame t, where t = 0 follows the context, in one row of the endless matrix. Copy
-    j of matrix (a list of rows) starts floor(j * period) rows after copy 0."""
-    copy, column = divmod(t, len(matrix[0]))
+def endless_level(matrix, period, row, n):
+    """The level of frame n, where 0 is the first one after the context, in a row of the endless
+    matrix. Copy j of `matrix` (a list of rows) starts floor(j * period) rows after copy 0."""
+    copy, column = divmod(n, len(matrix[0]))
     start = math.floor(copy * period)  # Python's floats: a float32 would round too soon
     row = min(max(row - start, 0), len(matrix) - 1)  # S before its start, 0 after its end
-    return matrix[row][column] if t >= 0 else 0
+    return matrix[row][column] if n >= 0 else 0
 
 
 @torch.no_grad()
@@ -445,23 +445,23 @@ class Denoiser(nn.Module):
         self.config = config
         dims = [config.dim * m for m in config.dim_mults]
         pairs = list(zip(dims, dims[1:]))
-        pixels = config.channels * config.patch**2
+        channels_in = config.channels * config.patch**2
         E = 4 * config.dim  # width of the embedding that tells every block about its frame
-        mean = torch.tensor(config.data_mean)[:, None, None]  # (C,1,1)
+        mean = torch.tensor(config.data_mean).view(config.channels, 1, 1)
         self.register_buffer("data_mean", mean, persistent=False)
         self.register_buffer("action_scale", torch.tensor(config.action_scale), persistent=False)
         self.register_buffer("frequency", torch.logspace(-0.5, 1.5, E // 4), persistent=False)
         self.embed_noise = nn.Sequential(nn.Linear(E // 2, E), nn.SiLU(), nn.Linear(E, E))
         self.embed_action = nn.Linear(config.action_dim, E) if config.action_dim else None
 
-        self.stem = nn.Conv2d(pixels, dims[0], 3, padding=1)
+        self.stem = nn.Conv2d(channels_in, dims[0], 3, padding=1)
         self.encoder = nn.ModuleList(Block(d, d, E, config) for d in dims)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairs)
         self.middle = Block(dims[-1], dims[-1], E, config, attend=True)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairs)
         self.decoder = nn.ModuleList(Block(2 * d, d, E, config) for d in dims)
         self.head = nn.Sequential(nn.GroupNorm(8, dims[0]), nn.SiLU(),
-                                  zero(nn.Conv2d(dims[0], pixels, 3, padding=1)))
+                                  zero(nn.Conv2d(dims[0], channels_in, 3, padding=1)))
         self.to(memory_format=torch.channels_last)  # about twice as fast for convolutions
 
     def forward(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
@@ -469,7 +469,7 @@ class Denoiser(nn.Module):
 
         state    what the last call returned, about the frames before x[:, 0]; None: there are none
         commit   how many frames of this call, from its first on, enter the state; None: all
-        actions  (B, T, A), row t leads to frame t; None, and a row with NaN: unknown, and not zeros
+        actions  (B, T, A), row t leads to frame t; NaN in it: unknown, which is not 0; None: all are
         history  for teacher forcing: (x, sigma) of the same frames, with little noise; section 9
         """
         self.check(x, sigma, actions, commit)
@@ -479,14 +479,13 @@ class Denoiser(nn.Module):
             x, sigma = torch.cat([history[0], x], 1), torch.cat([history[1], sigma], 1)  # 2T frames
             actions = None if actions is None else torch.cat([actions, actions], 1)
 
-        # D = mu + c_skip (x - mu) + c_out network(c_in (x - mu); c_noise): see section 3
         *scalings, c_noise = edm_scalings(sigma, self.config.sigma_data)
         c_skip, c_out, c_in = map(per_frame, scalings)
         centred = x - self.data_mean
         out, new_state = self.network(c_in * centred, c_noise, state, actions, commit,
                                       two_streams=history is not None)
         D = self.data_mean + c_skip * centred + c_out * out
-        return D[:, -T:], state if commit == 0 else new_state
+        return D[:, -T:], (state if commit == 0 else new_state)
 
     def network(self, x, c_noise, state, actions, commit, two_streams):
         """EDM's F. All frames go through it as a batch of B*T; only the mixers know of time."""
@@ -511,7 +510,7 @@ class Denoiser(nn.Module):
             h, new[i] = self.encoder[i](h, emb, B, old[i], commit, pattern)
             skips.append(h)
         h, new[depth] = self.middle(h, emb, B, old[depth], commit, pattern)
-        for i in reversed(range(depth)):
+        for i in reversed(range(depth)):  # decoder i mirrors encoder i
             h = torch.cat([h, skips[i]], 1)
             h, new[-1 - i] = self.decoder[i](h, emb, B, old[-1 - i], commit, pattern)
             h = self.up[i - 1](h) if i > 0 else h
@@ -550,13 +549,14 @@ class Block(nn.Module):
 
 
 # ==== 9. Temporal mixers: in them, and only in them, frames meet. ================================
-#    forward(x (N, T, C), state, commit, pattern) -> (N, T, C), and the state after `commit` frames
-#    (0: as it was), for N sequences: one for each place of each clip. Streaming is exact: 16 frames
-#    in one call, or 5, then 1, then 10, give the same numbers. pattern(...): all that forward wants
-#    to know of time, made once for all blocks. With two_streams (teacher forcing, no state), x is
-#    [history | the same frames, noisy]: a frame of both sees the history before it, and itself. A
-#    third mixer needs these methods, causal_only, an `out` that starts at zero, a state of bounded
-#    size (in clones: a view keeps all frames alive), and its name in MIXERS.
+#    Mixer(dim, config) works on N sequences: one for each place of each clip. forward(x (N, T, C),
+#    state, commit, pattern) -> (N, T, C), and the state after `commit` frames (0: the old one).
+#    pattern(T, state, two_streams, device) -> what forward needs to know of time, made once for all
+#    blocks. Streaming: 16 frames in one call, or 5, then 1, then 10, give the same numbers. With
+#    two_streams (teacher forcing, no state), x is [history | the same frames, noisy]: a frame of
+#    either half sees itself, and the history before it. A third mixer also needs causal_only, an
+#    `out` that starts at zero, a state of bounded size (cloned: a view would keep all frames alive)
+#    and its name in MIXERS.
 
 class TemporalAttention(nn.Module):
     """Banded attention: a frame sees the last `window` frames, itself included (bidirectional: as
@@ -567,14 +567,14 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim, config):
         super().__init__()
         self.head_dim, self.window, self.causal = config.head_dim, config.window, config.causal
-        # The bias is a constant in q and in k. Once both are rotated, their product depends on the
-        # distance in time alone, so a head can look "n frames back", whatever the frames show.
+        # The bias of qkv is a constant in q and k. Once both are rotated, their product depends on
+        # the distance in time alone, so a head can look "n frames back", whatever the frames show.
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = zero(nn.Linear(dim, dim))
 
     def pattern(self, T, state, two_streams, device):
         """-> sees (T, keys), which query sees which key, and cos and sin (keys, d) of the angles by
-        which keys turn (RoPE, arXiv 2104.09864). Queries are the last T of the keys."""
+        which keys turn (RoPE, arXiv 2104.09864). The T queries are the last keys."""
         keys = T if state is None else T + state[0].shape[2]
         times = T // 2 if two_streams else keys  # two streams: the same times twice
         position = torch.arange(keys, device=device) % times  # from the oldest key: it never grows

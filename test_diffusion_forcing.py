@@ -4,6 +4,7 @@ Every test compares with something independent: a closed form, a slow loop, or a
 """
 
 import contextlib
+import gc
 import io
 import itertools
 import math
@@ -33,7 +34,7 @@ from diffusion_forcing import Config, Denoiser, TemporalAttention, TemporalGRU
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 KINDS = [("autoregressive", 0), ("pyramid", 1), ("pyramid", 2.5), ("pyramid", 0.4), ("full_sequence", 0)]
-TRAPEZOIDS = [("trapezoid", 1), ("trapezoid", 2.5), ("trapezoid", 0.4)]  # for two-way models only
+TRAPEZOIDS = [("trapezoid", 1), ("trapezoid", 2.5), ("trapezoid", 0.4)]  # for bidirectional models only
 MIXERS = ["attention", "gru"]
 
 
@@ -55,24 +56,29 @@ def random_denoiser(**options):
 
 
 class Spy:
-    """Looks like a denoiser: returns `answer(x, sigma)` and records every call. Its state is a list of frames."""
+    """Looks like a denoiser: returns answer(x, sigma), records every call. Its state is how many frames entered."""
 
     def __init__(self, answer=lambda x, sigma: torch.zeros_like(x), **options):
         self.config, self.answer, self.calls = tiny(**options), answer, []
 
     def __call__(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
         assert len(self.calls) < 5000, "the rollout never ends: do frames leave before they are given out?"
-        self.calls.append(dict(x=x.clone(), sigma=sigma.clone(), state=state, commit=commit, actions=actions))
+        self.calls.append(dict(x=x.clone(), sigma=sigma.clone(), state=state, commit=commit, actions=actions,
+                               history=history))
         committed = x.shape[1] if commit is None else commit
-        new = (state or 0) + committed
-        return self.answer(x, sigma), state if committed == 0 else new
+        return self.answer(x, sigma), state if committed == 0 else (state or 0) + committed
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
 
 
 def refused(what, call, *args, **options):
-    """Fails, naming `what`, unless the call raises ValueError."""
+    """Fails, naming `what`, unless the call raises ValueError with a message of one line."""
     try:
         call(*args, **options)
-    except ValueError:
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1, f"{what}: one clear sentence, not {error}"
         return
     pytest.fail(f"{what}: a ValueError should say so, before anything is computed")
 
@@ -82,80 +88,123 @@ def units(config):
     return config.sigma_data / 0.5
 
 
+def flat(state):
+    return [t for s in state for t in (s if isinstance(s, tuple) else (s,))]
+
+
+# ---- 1. Config ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.config
+@pytest.mark.parametrize("wrong", [
+    dict(height=30), dict(width=30), dict(height=0), dict(width=0), dict(channels=0, data_mean=()), dict(clip_frames=0),
+    dict(stride=0), dict(window=0), dict(patch=0), dict(dim=0), dict(dim=12, head_dim=8), dict(dim=24, head_dim=3),
+    dict(head_dim=6), dict(head_dim=0), dict(dim_mults=()), dict(dim_mults=(0,)), dict(dim_mults=(1, 1, 1, 1)),
+    dict(sigma_data=0.0), dict(sigma_data=math.nan), dict(sigma_min=0), dict(sigma_min=90), dict(sigma_max=math.inf),
+    dict(rho=0.0), dict(P_std=-1.0), dict(context_noise=0.0), dict(temporal="lstm"), dict(forcing="nonsense"),
+    dict(causal=False, temporal="gru"), dict(causal=False, forcing="teacher")])
+def test_configs_that_cannot_work_are_refused(wrong):
+    refused(f"a Config with {wrong}", tiny, **wrong)
+
+
+@pytest.mark.config
+def test_amounts_of_noise_are_stated_for_data_of_standard_deviation_one_half():
+    assert Config(sigma_data=0.5).in_frame_units(3.0) == 3, "for a standard deviation of 0.5 the two units are the same"
+    assert Config(sigma_data=0.1).in_frame_units(3.0) == pytest.approx(0.6), "with a fifth of it, so is the noise"
+    c = Config()
+    told = (c.sigma_min, c.sigma_max, c.rho, c.context_noise, c.P_mean, c.P_std, c.alternating, c.window, c.forcing)
+    assert told == (0.02, 80, 7, 0.05, -0.6, 2.4, 0.5, 16, "diffusion"), "all results were made with these defaults"
+
+
 # ---- 2. noise -------------------------------------------------------------------------------------------------------
 
 
+def log_sigmas(batch_size, num_frames, number=0, **options):
+    """ln sigma (B, T), in units of standard deviations around the median."""
+    config = tiny(**(dict(P_mean=2.5, P_std=0.7) | options))
+    sigma = df.sample_noise_levels(batch_size, num_frames, config, seed(number))
+    assert sigma.shape == (batch_size, num_frames) and sigma.dtype == torch.float32, "float32 of (B, T)"
+    return ((sigma / units(config)).log() - 2.5) / 0.7
+
+
 @pytest.mark.noise
-def test_every_frame_has_a_level_of_its_own():
-    for forcing, config in (("diffusion", tiny(alternating=0.0)), ("teacher", tiny())):
-        sigma = df.sample_noise_levels(4000, 3, config, forcing, torch.Generator().manual_seed(0)).log()
-        assert not torch.equal(sigma[0], sigma[1]), "clips of a batch share their levels"
-        correlation = torch.corrcoef(sigma.T) - torch.eye(3)
-        assert correlation.abs().max() < 0.1, "frames of a clip share their noise: draw (B, T) levels, not (B, 1)"
+@pytest.mark.parametrize("forcing,options", [("diffusion", dict(alternating=0.0)), ("teacher", {})])
+def test_every_frame_has_a_level_of_its_own(forcing, options):
+    z = log_sigmas(4000, 5, forcing=forcing, **options)
+    assert not torch.equal(z[0], z[1]), "clips of a batch share their levels"
+    correlation = torch.corrcoef(z.T) - torch.eye(5)
+    assert correlation.abs().max() < 0.1, "frames of a clip share their noise: draw (B, T) levels, not (B, 1)"
+
+
+@pytest.mark.noise
+@pytest.mark.parametrize("options", [dict(alternating=0.0), dict(alternating=1.0), dict(alternating=1.0, causal=False)])
+def test_levels_of_each_frame_are_log_normal_in_frame_units(options):
+    z = log_sigmas(20000, 4, **options)
+    assert z.mean(0).abs().max() < 0.04, "E[ln sigma] = P_mean + ln(sigma_data / 0.5): units forgotten?"
+    assert (z.std(0) - 1).abs().max() < 0.03, "the standard deviation of ln sigma is P_std"
+    assert ((z.abs() > 2).float().mean(0) - 0.0455).abs().max() < 0.01, "normal: 4.55 % lie beyond two P_std"
 
 
 @pytest.mark.noise
 def test_in_a_share_of_the_clips_little_and_much_noise_take_turns():
-    def little(share):  # which frames (8000,6) have less noise than the median; the logarithms
-        config = tiny(alternating=share, P_mean=2.5, P_std=0.7)
-        log = df.sample_noise_levels(8000, 6, config, generator=torch.Generator().manual_seed(0)).log()
-        return log < 2.5 + math.log(units(config)), log
-
-    below, log = little(1.0)
-    assert (below[:, 1:] != below[:, :-1]).all(), "with a share of 1, a noisy frame follows each clean one in all clips"
-    assert abs(below[:, 0].float().mean() - 0.5) < 0.03, "half of the clips begin with little noise, half with much"
-    assert (abs(log.mean(0) - log.mean()) < 0.04).all() and abs(log.std(0) - 0.7).max() < 0.03, "each frame alone is log-normal"
-    assert abs(((log - log.mean()).abs() > 2 * 0.7).float().mean() - 0.0455) < 0.01, "4.55 % lie beyond two P_std, as before"
-    size = torch.corrcoef((log - log.mean()).abs().T) - torch.eye(6)
+    z = log_sigmas(8000, 6, alternating=1.0)
+    assert ((z[:, 1:] > 0) != (z[:, :-1] > 0)).all(), "with a share of 1, noise takes turns in all clips"
+    assert abs((z[:, 0] > 0).float().mean() - 0.5) < 0.03, "half of the clips begin with much noise, half with little"
+    size = torch.corrcoef(z.abs().T) - torch.eye(6)
     assert size.abs().max() < 0.06, "how far a frame is from the median depends on no other frame"
     for share in (0.5, 0.2):
-        turns = (little(share)[0].diff(dim=1) != 0).all(1).float().mean()  # by chance: in a clip of 32
-        assert abs(turns - share - (1 - share) / 32) < 0.03, f"alternating {share}: the share of the clips that take turns"
-    assert Config().alternating == 0.5, "the share with which README's figures were made"
+        turns = ((log_sigmas(8000, 6, alternating=share) > 0).diff(dim=1) != 0).all(1).float().mean()
+        assert abs(turns - share - (1 - share) / 32) < 0.03, "the share of such clips (by chance, 1 in 32)"
 
 
 @pytest.mark.noise
-def test_a_two_way_model_learns_gaps_of_any_length_between_frames_with_little_noise():
-    config = tiny(alternating=1.0, P_mean=2.5, P_std=0.7, causal=False)
-    median = 2.5 + math.log(units(config))
-    log = df.sample_noise_levels(8000, 6, config, generator=torch.Generator().manual_seed(0)).log()
-    noisy = log > median
-    for clip, much in zip(log[:200], noisy):
-        assert not much.any() or clip[much].max() - clip[much].min() < 1e-5, "the noisy frames of a clip share one sigma"
+def test_chance_says_which_clips_take_turns():
+    turns = [((log_sigmas(2, 12, n, alternating=0.5) > 0).diff(dim=1) != 0).all(1) for n in range(400)]
+    turns = torch.stack(turns)  # (400,2)
+    both = turns.float().mean(0).tolist() + [turns.all(1).float().mean().item() * 2]
+    assert both == pytest.approx([0.5] * 3, abs=0.11), "each clip with this chance, not the first ones"
+
+
+@pytest.mark.noise
+def test_a_bidirectional_model_learns_gaps_of_any_length_between_frames_with_little_noise():
+    z = log_sigmas(8000, 6, alternating=1.0, causal=False)
+    noisy = z > 0
+    for clip, much in zip(z[:200], noisy):
+        assert not much.any() or clip[much].max() - clip[much].min() < 1e-4, "noisy frames share one sigma"
         assert len(clip[~much].unique()) == (~much).sum(), "each of the others has a sigma of its own"
     count = noisy.sum(1).bincount(minlength=7) / 8000
     assert (abs(count - 1 / 7) < 0.015).all(), "0, 1 ... 6 noisy frames are as likely: the share is uniform"
     two = noisy[noisy.sum(1) == 2].float().mean(0)
     assert (abs(two - 1 / 3) < 0.06).all(), "any frames may be the noisy ones, not only neighbours or every second"
-    assert (abs(log.mean(0) - median) < 0.04).all() and abs(log.std(0) - 0.7).max() < 0.03, "each frame alone is log-normal"
-    config = tiny(alternating=0.3, causal=False)
-    log = df.sample_noise_levels(8000, 6, config, generator=torch.Generator().manual_seed(0)).log()
-    shared = torch.stack([log[:, i] == log[:, j] for i, j in itertools.combinations(range(6), 2)]).any(0).float().mean()
-    assert abs(shared - 0.3 * 5 / 7) < 0.03, "alternating is the share of such clips, of which 5 in 7 have two noisy frames or more"
+    shared = lambda z: (z[:, :, None] == z[:, None]).sum((1, 2)) > 6
+    share = shared(log_sigmas(8000, 6, alternating=0.3, causal=False)).float().mean()
+    assert abs(share - 0.3 * 5 / 7) < 0.03, "the share of such clips; 5 in 7 have two noisy frames"
 
 
 @pytest.mark.noise
-def test_levels_are_log_normal_in_frame_units():
-    config = tiny(P_mean=2.5, P_std=0.7)
-    log = df.sample_noise_levels(20000, 1, config, generator=torch.Generator().manual_seed(0)).log()
-    expected = 2.5 + math.log(units(config))
-    assert abs(log.mean() - expected) < 0.03, "E[ln sigma] = P_mean + ln(sigma_data / 0.5): units forgotten?"
-    assert abs(log.std() - 0.7) < 0.03, "the standard deviation of ln sigma is P_std"
-    beyond = ((log - log.mean()).abs() > 2 * 0.7).float().mean()
-    assert abs(beyond - 0.0455) < 0.01, "ln sigma is normal: 4.55 % of it lies beyond two P_std"
-    assert df.sample_noise_levels(2, 3, tiny(P_std=0.0)).unique().numel() == 1, "a P_std of 0 is one level for all"
+@pytest.mark.parametrize("frame", [0, 3])
+def test_the_sigma_of_a_gap_is_a_draw_of_its_own(frame):
+    z = log_sigmas(20000, 4, alternating=1.0, causal=False)
+    known = (z[:, frame] < 0) & (z > 0).any(1)  # clips in which this frame is known, and others are not
+    pair = torch.stack([z[known].amax(1), z[known][:, frame]])
+    assert torch.corrcoef(pair)[0, 1].abs() < 0.05, f"the sigma of the noisy frames mirrors that of frame {frame}"
+    everything = torch.corrcoef(z.T)[0, 1:]
+    assert everything.tolist() == pytest.approx([1 / 3] * 3, abs=0.04), "one third: both noisy; the rest cancels"
 
 
 @pytest.mark.noise
 def test_full_sequence_has_one_level_a_clip():
-    sigma = df.sample_noise_levels(5, 4, tiny(), "full_sequence", torch.Generator().manual_seed(0))
-    assert sigma.shape == (5, 4) and (sigma == sigma[:, :1]).all(), "full_sequence: one sigma for all frames"
-    assert sigma[:, 0].unique().numel() == 5, "full_sequence: but one for every clip"
+    z = log_sigmas(500, 4, forcing="full_sequence")
+    assert (z == z[:, :1]).all(), "full_sequence: one sigma for all frames"
+    assert z[:, 0].unique().numel() == 500, "full_sequence: but one for every clip"
 
 
 @pytest.mark.noise
-def test_unknown_forcing_is_refused():
-    refused("an unknown forcing", df.sample_noise_levels, 1, 1, tiny(), "nonsense")
+@pytest.mark.parametrize("options", [{}, dict(causal=False), dict(forcing="full_sequence"), dict(forcing="teacher")])
+def test_all_chance_comes_from_the_generator(options):
+    first = log_sigmas(8, 6, 3, **options)
+    torch.rand(1)
+    assert torch.equal(first, log_sigmas(8, 6, 3, **options)), "one draw was made without the generator"
 
 
 # ---- 3. EDM ---------------------------------------------------------------------------------------------------------
@@ -163,62 +212,39 @@ def test_unknown_forcing_is_refused():
 
 @pytest.mark.edm
 def test_scalings_are_those_of_edm():
-    c_skip, c_out, c_in, c_noise = (float(c) for c in df.edm_scalings(torch.tensor(0.4), 0.3))
-    assert c_skip == pytest.approx(0.09 / 0.25), "c_skip = sd^2 / (sigma^2 + sd^2)"
-    assert c_out == pytest.approx(0.12 / 0.5), "c_out = sigma sd / sqrt(sigma^2 + sd^2)"
-    assert c_in == pytest.approx(1 / 0.5), "c_in = 1 / sqrt(sigma^2 + sd^2)"
-    assert c_noise == pytest.approx(math.log(0.4 / 0.3) / 4), "c_noise = ln(sigma / sd) / 4"
-
-
-@pytest.mark.edm
-def test_network_input_and_target_have_unit_variance():
-    torch.manual_seed(0)
-    x, noise = 0.3 * torch.randn(100_000), torch.randn(100_000)
-    for sigma in (0.01, 0.3, 10.0):
-        c_skip, c_out, c_in, _ = df.edm_scalings(torch.tensor(sigma), 0.3)
-        noisy = x + sigma * noise
-        assert (c_in * noisy).std() == pytest.approx(1, abs=0.02), f"input of F at sigma {sigma}"
-        assert ((x - c_skip * noisy) / c_out).std() == pytest.approx(1, abs=0.02), f"target of F at sigma {sigma}"
+    c_skip, c_out, c_in, c_noise = (c.tolist() for c in df.edm_scalings(torch.tensor([[0.4, 0.3]]), 0.3))
+    assert c_skip == [pytest.approx([0.09 / 0.25, 0.5])], "c_skip = sd^2 / (sigma^2 + sd^2)"
+    assert c_out == [pytest.approx([0.12 / 0.5, 0.3 / 2**0.5])], "c_out = sigma sd / sqrt(sigma^2 + sd^2)"
+    assert c_in == [pytest.approx([1 / 0.5, 1 / 0.18**0.5])], "c_in = 1 / sqrt(sigma^2 + sd^2)"
+    assert c_noise == [pytest.approx([math.log(0.4 / 0.3) / 4, 0])], "c_noise = ln(sigma / sd) / 4"
 
 
 @pytest.mark.edm
 def test_weight_is_one_over_c_out_squared():
-    assert float(df.loss_weight(torch.tensor(0.4), 0.3)) == pytest.approx((0.5 / 0.12) ** 2), "lambda = 1 / c_out^2"
+    sigma = [[0.0005, 0.02, 0.4], [0.3, 3.0, 80.0]]
+    expected = [[(s**2 + 0.3**2) / (s * 0.3) ** 2 for s in row] for row in sigma]
+    weight = df.loss_weight(torch.tensor(sigma), 0.3)
+    assert weight.shape == (2, 3), "one weight for each frame"
+    assert weight.tolist() == [pytest.approx(row, rel=1e-5) for row in expected], "lambda = 1 / c_out^2, at every sigma"
 
 
 @pytest.mark.edm
-def test_preconditioning_is_centred_on_the_mean_of_the_data():
-    config = tiny()
-    model, mean = Denoiser(config), torch.tensor(config.data_mean)[:, None, None]  # F = 0: only c_skip is left
+def test_preconditioning_is_that_of_edm_around_the_mean_of_the_data(monkeypatch):
+    model, seen, sigma = Denoiser(tiny()), {}, torch.tensor([[0.4, 0.3]])
+    mean = torch.tensor(model.config.data_mean)[:, None, None]
     x = mean + 0.3 * torch.randn(1, 2, 3, 8, 8)
-    denoised, _ = model(x, torch.tensor([[0.4, 0.3]]))
     expected = torch.stack([mean + 0.36 * (x[:, 0] - mean), mean + 0.5 * (x[:, 1] - mean)], 1)
-    assert torch.allclose(denoised, expected, atol=1e-6), "F is 0 at first: D = mu + c_skip (x - mu). Mean forgotten?"
-
-
-@pytest.mark.edm
-def test_the_network_gets_what_edm_says(monkeypatch):
-    model, seen = Denoiser(tiny()), {}
-    mean, x = torch.tensor(model.config.data_mean)[:, None, None], torch.randn(1, 2, 3, 8, 8)
+    assert torch.allclose(model(x, sigma)[0], expected, atol=1e-6), "a new network says 0: D = mu + c_skip (x - mu)"
 
     def network(x, c_noise, *args, **options):
         seen.update(x=x, c_noise=c_noise)
         return torch.ones_like(x), None
 
     monkeypatch.setattr(model, "network", network)
-    denoised, _ = model(x, torch.tensor([[0.4, 0.3]]))
-    assert torch.allclose(seen["x"][:, 0], (x[:, 0] - mean) / 0.5), "the input of F is c_in (x - mu)"
-    assert torch.allclose(seen["c_noise"], torch.tensor([[0.4 / 0.3, 1.0]]).log() / 4), "its label is c_noise"
-    expected = mean + 0.36 * (x[:, 0] - mean) + 0.24
-    assert torch.allclose(denoised[:, 0], expected, atol=1e-6), "D = mu + c_skip (x - mu) + c_out F"
-
-
-@pytest.mark.edm
-def test_actions_are_measured_in_units_of_their_size():
-    plain, scaled = random_denoiser(action_dim=2), random_denoiser(action_dim=2, action_scale=(20.0, 0.5))
-    x, sigma, actions = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2), torch.randn(1, 2, 2)
-    same = scaled(x, sigma, actions=actions * torch.tensor([20.0, 0.5]))[0]
-    assert torch.allclose(plain(x, sigma, actions=actions)[0], same, atol=1e-5), "actions / action_scale"
+    D, _ = model(x, sigma)
+    assert torch.allclose(D[:, 0], expected[:, 0] + 0.24, atol=1e-6), "D = mu + c_skip (x - mu) + c_out network"
+    assert torch.allclose(seen["x"][:, 0], (x[:, 0] - mean) / 0.5), "the input of the network is c_in (x - mu)"
+    assert torch.allclose(seen["c_noise"], torch.tensor([[0.4 / 0.3, 1.0]]).log() / 4), "what it is told is c_noise"
 
 
 # ---- 4. the loss ----------------------------------------------------------------------------------------------------
@@ -228,122 +254,58 @@ def test_actions_are_measured_in_units_of_their_size():
 @pytest.mark.parametrize("sigma", [0.003, 0.1, 1.0, 30.0])
 def test_a_network_that_says_zero_has_loss_one_at_every_level(sigma):
     config = tiny()
-    torch.manual_seed(0)
-    x = torch.tensor(config.data_mean)[:, None, None] + config.sigma_data * torch.randn(64, 4, 3, 8, 8)
+    x = torch.tensor(config.data_mean)[:, None, None] + 0.3 * torch.randn(64, 4, 3, 8, 8, generator=seed())
     loss = df.diffusion_forcing_loss(Denoiser(config), x, config, sigma=torch.full((64, 4), sigma))
     assert loss.item() == pytest.approx(1, abs=0.05), "weight missing or twice, or noise that is not sigma?"
 
 
 @pytest.mark.loss
-@pytest.mark.parametrize("forcing", ["diffusion", "full_sequence"])
+@pytest.mark.parametrize("forcing", ["diffusion", "full_sequence", "teacher"])
 def test_the_loss_is_that_of_algorithm_1(forcing):
-    spy = Spy(lambda x, sigma: x * 0.5)
-    x = torch.randn(3, 4, 3, 8, 8)
-    loss = df.diffusion_forcing_loss(spy, x, spy.config, forcing=forcing, generator=torch.Generator().manual_seed(1))
-    call = spy.calls[0]
-    total = 0.0
-    for b in range(3):
-        for t in range(4):
-            sd, s = 0.3, float(call["sigma"][b, t])
-            total += (s**2 + sd**2) / (s * sd) ** 2 * float(((0.5 * call["x"][b, t] - x[b, t]) ** 2).mean())
+    spy, x = Spy(lambda x, sigma: x * 0.5, forcing=forcing), torch.randn(3, 4, 3, 8, 8, generator=seed(2))
+    actions = torch.randn(3, 4, 1)
+    loss = df.diffusion_forcing_loss(spy, x, spy.config, actions=actions, generator=seed(1))
+    (call,), total = spy.calls, 0.0
+    for b, t in itertools.product(range(3), range(4)):
+        sd, s = 0.3, float(call["sigma"][b, t])
+        total += (s**2 + sd**2) / (s * sd) ** 2 * float(((0.5 * call["x"][b, t] - x[b, t]) ** 2).mean())
     assert float(loss) == pytest.approx(total / 12, rel=1e-4), "the loss is the mean of lambda(sigma) |D - x0|^2"
-    z = (call["x"] - x) / call["sigma"][..., None, None, None]
+    z = (call["x"] - x) / df.per_frame(call["sigma"])
     assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.05, "frame t gets sigma[b, t] times a standard normal"
-    assert torch.corrcoef(z.flatten(0, 1).flatten(1)).triu(1).abs().max() < 0.5, "every frame has noise of its own"
+    levels = 3 if forcing == "full_sequence" else 12
+    assert call["sigma"].unique().numel() == levels, f"{levels} levels in 3 clips of 4 frames: that is config.forcing"
+    assert call["actions"] is actions and call["commit"] == 0, "the model is told the actions, and keeps no state"
+    assert (call["history"] is not None) == (forcing == "teacher"), "only teacher forcing has a history"
 
 
 @pytest.mark.loss
-def test_the_same_generator_gives_the_same_loss():
-    spy, x = Spy(lambda x, sigma: x), torch.randn(2, 4, 3, 8, 8)
-    losses = [df.diffusion_forcing_loss(spy, x, spy.config, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
-    assert losses[0] == losses[1] != losses[2], "level and noise both come from the generator, and from nothing else"
-
-
-@pytest.mark.loss
-@pytest.mark.parametrize("temporal", MIXERS)
-def test_teacher_forcing_is_T_calls_with_the_clean_past_committed(temporal):
-    model = random_denoiser(temporal=temporal)
-    torch.manual_seed(1)
-    past, noisy = torch.randn(2, 6, 3, 8, 8), torch.randn(2, 6, 3, 8, 8)
-    past_sigma, sigma = torch.full((2, 6), 0.01), torch.rand(2, 6) + 0.1
-    together, _ = model(noisy, sigma, history=(past, past_sigma))
-    state = None
-    for t in range(6):
-        alone, _ = model(noisy[:, t : t + 1], sigma[:, t : t + 1], state, commit=0)
-        assert torch.allclose(together[:, t], alone[:, 0], atol=1e-5), \
-            f"noisy frame {t} differs from a call of its own: mask, position, or a layer that mixes frames?"
-        _, state = model(past[:, t : t + 1], past_sigma[:, t : t + 1], state)
-
-
-@pytest.mark.loss
-@pytest.mark.parametrize("temporal", MIXERS)
-def test_the_state_after_two_streams_is_that_of_the_clean_one(temporal):
-    model, past, sigma = random_denoiser(temporal=temporal), torch.randn(1, 5, 3, 8, 8), torch.rand(1, 5) + 0.1
-    _, state = model(torch.randn(1, 5, 3, 8, 8), sigma, history=(past, sigma))
-    for a, b in zip(flat(state), flat(model(past, sigma)[1])):
-        assert torch.allclose(a, b, atol=1e-5), "the state never holds a noisy frame"
-
-
-@pytest.mark.loss
-def test_history_of_teacher_forcing_carries_the_noise_it_says():
-    seen = {}
-
-    def model(x, sigma, *, actions=None, commit=None, history=None):
-        seen["history"] = history
-        return x, None
-
-    x = torch.zeros(16, 4, 3, 8, 8)
+def test_the_history_of_teacher_forcing_has_the_noise_that_the_network_is_told():
     for level in (0.1, 0.4):
-        config = tiny(context_noise=level)
-        df.diffusion_forcing_loss(model, x, config, forcing="teacher")
-        frames, label = seen["history"]
-        assert torch.allclose(label, torch.tensor(level * units(config))), "label of the history in frame units"
-        ratio = float((frames - x).std() / label[0, 0])
-        assert ratio == pytest.approx(1, abs=0.05), "the noise on the history is not what its label says"
+        spy, x = Spy(forcing="teacher", context_noise=level), torch.full((16, 4, 3, 8, 8), 0.5)
+        df.diffusion_forcing_loss(spy, x, spy.config, generator=seed())
+        frames, told = spy.calls[0]["history"]
+        expected = torch.full((16, 4), level * units(spy.config))
+        assert torch.allclose(told, expected), "the network is told context_noise, in frame units"
+        assert float((frames - x).std() / told[0, 0]) == pytest.approx(1, abs=0.05), "its noise is not what it is told"
 
 
 @pytest.mark.loss
-@pytest.mark.parametrize("forcing,levels", [("diffusion", 8), ("full_sequence", 2), ("teacher", 8)])
-def test_each_forcing_has_its_own_levels_and_history(forcing, levels):
-    seen, actions = {}, torch.randn(2, 4, 1)
-
-    def model(x, sigma, *, actions=None, commit=None, history=None):
-        seen.update(sigma=sigma, history=history, actions=actions)
-        return x, None
-
-    df.diffusion_forcing_loss(model, torch.zeros(2, 4, 3, 8, 8), tiny(), forcing=forcing, actions=actions)
-    assert seen["sigma"].unique().numel() == levels, f"{levels} levels in 2 clips of 4 frames: is `forcing` handed on?"
-    assert (seen["history"] is not None) == (forcing == "teacher"), "only teacher forcing sees a clean history"
-    assert seen["actions"] is actions, "the loss does not hand the actions to the model"
+def test_noise_is_shared_by_no_clips_frames_channels_or_streams():
+    spy, x = Spy(forcing="teacher"), torch.zeros(2, 3, 3, 16, 16)
+    df.diffusion_forcing_loss(spy, x, spy.config, generator=seed())
+    noisy, (frames, told) = spy.calls[0]["x"] / df.per_frame(spy.calls[0]["sigma"]), spy.calls[0]["history"]
+    z = torch.stack([noisy, frames / df.per_frame(told)]).flatten(4).flatten(0, 3)  # a row for each channel
+    assert torch.corrcoef(z).triu(1).abs().max() < 0.3, "noise is shared: the shape of randn?"
 
 
 @pytest.mark.loss
-def test_history_has_noise_of_its_own_from_the_generator():
-    seen = []
-
-    def model(x, sigma, *, actions=None, commit=None, history=None):
-        seen.append((x.flatten(), history[0].flatten()))
-        return x, None
-
-    for _ in range(2):
-        df.diffusion_forcing_loss(model, torch.zeros(2, 4, 3, 8, 8), tiny(P_std=0.01), forcing="teacher",
-                                  generator=torch.Generator().manual_seed(0))
-    assert abs(torch.corrcoef(torch.stack(seen[0]))[0, 1]) < 0.2, "history and noisy frames share one draw of noise"
-    assert torch.equal(seen[0][1], seen[1][1]), "noise on the history does not come from the generator"
-
-
-@pytest.mark.loss
-def test_noise_on_the_history_is_shared_by_no_clips_frames_or_channels():
-    seen = []
-
-    def model(x, sigma, *, actions=None, commit=None, history=None):
-        seen.append(history[0])
-        return x, None
-
-    generator = torch.Generator().manual_seed(0)
-    df.diffusion_forcing_loss(model, torch.zeros(2, 3, 3, 8, 8), tiny(), forcing="teacher", generator=generator)
-    z = seen[0].flatten(3).flatten(0, 2)  # a row for each clip, frame and channel
-    assert torch.corrcoef(z).triu(1).abs().max() < 0.7, "noise shared by clips, frames or channels: the shape of randn?"
+@pytest.mark.parametrize("forcing", ["diffusion", "teacher"])
+def test_the_same_generator_gives_the_same_loss(forcing):
+    spy, x = Spy(lambda x, sigma: 0.5 * x, forcing=forcing), torch.randn(2, 4, 3, 8, 8)
+    losses = [df.diffusion_forcing_loss(spy, x, spy.config, generator=seed(s)) for s in (3, 3, 4)]
+    assert losses[0] == losses[1] != losses[2], "levels and noise come from the generator, and from nothing else"
+    if forcing == "teacher":
+        assert torch.equal(spy.calls[0]["history"][0], spy.calls[1]["history"][0]), "so does the noise of the history"
 
 
 @pytest.mark.loss
@@ -355,110 +317,18 @@ def test_the_loss_has_a_gradient():
 
 @pytest.mark.loss
 def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
-    spy, x, u = Spy(), torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4)
-    sigma = torch.rand(2, 4) + 0.1
-    loss = lambda **options: float(df.diffusion_forcing_loss(spy, x, spy.config, sigma=sigma, **options))
-    told = []
-    weighed = loss(expected_loss=lambda *levels: told.append(levels) or u)
+    x, u, sigma, told = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4), torch.rand(2, 4) + 0.1, []
     each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))  # the spy says 0
-    assert all(torch.equal(s, sigma) for s in told[0]), "what is to be expected depends on the noise that the frames have"
-    loss(forcing="teacher", expected_loss=lambda *levels: told.append(levels) or u)
-    assert torch.equal(told[1][0], sigma), "teacher: its own sigma, as ever,"
-    assert (told[1][1] == spy.config.context_noise * units(spy.config)).all(), "and a past as clean as it is seen"
-    assert loss() == pytest.approx(float(each.mean())), "without an ExpectedLoss nothing changes"
-    assert weighed == pytest.approx(float((each / u.exp() + u).mean())), "loss / exp(u) + u, frame by frame"
-
-
-@pytest.mark.loss
-def test_expected_loss_learns_what_loss_a_frame_and_its_past_let_expect():
-    torch.manual_seed(0)
-    config = tiny()
-    model = df.ExpectedLoss(config)
-    assert not model(*torch.rand(2, 2, 4) + 0.1).any(), "it begins as u = 0: the plain loss"
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(300):  # a made-up loss: 4 with noise in the frame before, 0.01 without
-        sigma = torch.where(torch.rand(64, 4) < 0.5, 0.01, 10.0)
-        loss = torch.where(F.pad(sigma, (1, 0), value=config.sigma_max)[:, :-1] > 1, 4.0, 0.01) * torch.rand(64, 4) * 2
-        u = model(sigma, sigma)
-        (loss / u.exp() + u).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    sigma = torch.tensor([[0.01, 10.0, 10.0, 0.01]])
-    u = model(sigma, sigma).exp()[0].tolist()
-    assert u == pytest.approx([4, 0.01, 4, 4], rel=0.3), "exp(u) is the mean loss; before frame 0 there is only noise"
-
-
-@pytest.mark.loss
-def test_expected_loss_knows_the_frames_own_level_and_a_few_that_it_sees():
-    torch.manual_seed(0)
-    model, (own, past) = df.ExpectedLoss(tiny(), past=2), (torch.rand(2, 1, 6) + 0.1).requires_grad_()
-    torch.nn.init.normal_(model.layers[-1].weight)
-    for t in range(6):
-        knows = [g[0].ne(0).tolist() for g in torch.autograd.grad(model(own, past)[0, t], (own, past))]
-        assert knows[0] == [i == t for i in range(6)], "its own level"
-        assert knows[1] == [t - 2 <= i < t for i in range(6)], "the two frames before it, none that comes later"
-    two_way = df.ExpectedLoss(tiny(causal=False), past=2)
-    torch.nn.init.normal_(two_way.layers[-1].weight)
-    knows = torch.autograd.grad(two_way(own, past)[0, 2], (own, past))
-    assert [g[0].ne(0).tolist() for g in knows] == [[i == 2 for i in range(6)], [i in (0, 1, 3, 4) for i in range(6)]], \
-        "in a two-way model a frame also sees later ones, and so does what is expected of it"
-    noise = torch.cat([torch.full((1, 2), model.config.in_frame_units(model.config.sigma_max)), own], 1)
-    assert torch.allclose(model(own, own), model(noise, noise)[:, 2:], atol=1e-5), "before frame 0 there is only noise"
-    assert df.ExpectedLoss(tiny()).past == 4, "it sees four frames back, if nobody says another number"
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(own, own).dtype == torch.float32, "loss / exp(u): a u in bfloat16 is wrong by percents"
-
-
-@pytest.mark.loss
-def test_both_streams_of_teacher_forcing_know_the_actions():
-    model, (x, past) = random_denoiser(action_dim=2), torch.randn(2, 1, 3, 3, 8, 8)
-    sigma, actions = torch.ones(1, 3), torch.randn(1, 3, 2)
-    together, _ = model(x, sigma, actions=actions, history=(past, sigma))
-    _, state = model(past[:, :2], sigma[:, :2], actions=actions[:, :2])
-    alone, _ = model(x[:, 2:], sigma[:, 2:], state, actions=actions[:, 2:], commit=0)
-    assert torch.allclose(together[:, 2], alone[:, 0], atol=1e-5), "clean and noisy frame t have the same action"
-
-
-@pytest.mark.loss
-def test_a_sigma_that_has_no_logarithm_is_refused():
-    model, x = random_denoiser(), torch.randn(1, 2, 3, 8, 8)
-    for what, sigma in (("a sigma of 0", torch.tensor([[1.0, 0.0]])), ("a sigma below 0", -torch.ones(1, 2)),
-                        ("one sigma for two frames", torch.ones(1, 1))):
-        refused(what, df.diffusion_forcing_loss, Spy(), x, tiny(), sigma=sigma)
-    refused("a sigma of 0", model, x, torch.zeros(1, 2))
-
-
-@pytest.mark.loss
-def test_actions_that_do_not_fit_are_refused():
-    x, sigma = torch.randn(2, 3, 3, 8, 8), torch.ones(2, 3)
-    for what, shape in (("actions of one clip for two", (1, 3, 2)), ("2 rows for 3 frames", (2, 2, 2)), ("3 numbers, not 2", (2, 3, 3))):
-        refused(what, random_denoiser(action_dim=2), x, sigma, actions=torch.ones(shape))
-    refused("actions for a model without", random_denoiser(), x, sigma, actions=torch.ones(2, 3, 2))
-
-
-@pytest.mark.loss
-def test_frames_that_do_not_fit_are_refused():
-    for what, x, sigma in (("one channel, which would be broadcast to three", torch.randn(1, 2, 1, 8, 8), torch.ones(1, 2)),
-                           ("frames of another size", torch.randn(1, 2, 3, 8, 16), torch.ones(1, 2)),
-                           ("one sigma for two frames", torch.randn(1, 2, 3, 8, 8), torch.ones(1, 1))):
-        refused(what, random_denoiser(), x, sigma)
-
-
-@pytest.mark.streaming
-@pytest.mark.parametrize("temporal", df.MIXERS)
-def test_more_frames_than_there_are_cannot_enter_the_state(temporal):
-    model, x, sigma = random_denoiser(temporal=temporal), torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
-    for commit in (3, -1):
-        refused(f"{commit} of 2 frames enter the state, and the history is lost", model, x, sigma, commit=commit)
-    model(x, sigma, commit=2)  # both may
-
-
-@pytest.mark.loss
-def test_a_history_needs_a_causal_model_and_no_state():
-    x, sigma = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
-    model, both_ways = random_denoiser(), random_denoiser(causal=False)
-    refused("history and state at once", model, x, sigma, model(x, sigma)[1], history=(x, sigma))
-    refused("history for a model that sees the future", both_ways, x, sigma, history=(x, sigma))
+    for forcing in ("diffusion", "teacher"):
+        spy = Spy(forcing=forcing)
+        loss = lambda **options: float(df.diffusion_forcing_loss(spy, x, spy.config, sigma=sigma, **options))
+        weighed = loss(expected_loss=lambda *levels: told.append(levels) or u)
+        assert loss() == pytest.approx(float(each.mean())), "without expected_loss nothing changes"
+        assert weighed == pytest.approx(float((each / u.exp() + u).mean())), "loss / E + ln E, frame by frame, u = ln E"
+    (own, seen), (own_teacher, seen_teacher) = told
+    assert torch.equal(own, sigma) and torch.equal(own_teacher, sigma), "it is told the sigma that each frame has,"
+    assert torch.equal(seen, sigma), "and the one with which other frames see it: the same,"
+    assert (seen_teacher - 0.05 * units(spy.config)).abs().max() < 1e-6, "but for teacher forcing, context_noise"
 
 
 # ---- 5. schedules ---------------------------------------------------------------------------------------------------
@@ -467,15 +337,13 @@ def test_a_history_needs_a_causal_model_and_no_state():
 @pytest.mark.schedule
 def test_levels_are_those_of_edm():
     config = tiny(sigma_min=0.02, sigma_max=80.0, rho=7.0)
-    sigma = df.karras_sigmas(4, config) / units(config)
-    third = ((0.02 ** (1 / 7) * 1 + 80 ** (1 / 7) * 2) / 3) ** 7
-    assert sigma[0] == 0 and len(sigma) == 5, "level 0 is no noise, level S the most: S + 1 levels"
-    second = ((0.02 ** (1 / 7) * 2 + 80 ** (1 / 7) * 1) / 3) ** 7
-    assert sigma[1:].tolist() == pytest.approx([0.02, second, third, 80], rel=1e-4), "EDM, eq. 5: even steps of sigma^(1/rho)"
+    sigma = df.karras_sigmas(4, config)
+    assert sigma[0] == 0 and len(sigma) == 5 and sigma.dtype == torch.float32, "S + 1 levels; 0 is no noise"
+    steps = [((0.02 ** (1 / 7) * (3 - i) + 80 ** (1 / 7) * i) / 3) ** 7 for i in range(4)]
+    assert (sigma[1:] / units(config)).tolist() == pytest.approx(steps, rel=1e-4), "EDM, eq. 5: even in sigma^(1/rho)"
     assert df.karras_sigmas(1, config)[1] == pytest.approx(80 * units(config)), "a single step starts at sigma_max"
     bent = df.karras_sigmas(3, tiny(sigma_min=0.02, sigma_max=80.0, rho=2.0))[2] / units(config)
     assert bent == pytest.approx(((0.02**0.5 + 80**0.5) / 2) ** 2, rel=1e-4), "rho is that of the Config"
-    refused("not one level", df.karras_sigmas, 0, config)
 
 
 @pytest.mark.schedule
@@ -483,98 +351,77 @@ def test_levels_are_those_of_edm():
 @pytest.mark.parametrize("T,S", [(1, 1), (1, 4), (5, 1), (4, 3), (7, 10)])
 def test_matrix_against_a_slow_loop(kind, u, T, S):
     K = df.scheduling_matrix(kind, T, S, u)
-    levels = {"autoregressive": S, "full_sequence": 0}.get(kind, u)
+    apart = {"autoregressive": S, "full_sequence": 0}.get(kind, u)
     order = [min(t, T - 1 - t) if kind == "trapezoid" else t for t in range(T)]  # how far from an end
     rows, m = [], 0
     while not rows or any(rows[-1]):
-        rows.append([min(S, max(0, S + math.floor(levels * n) - m)) for n in order])
+        rows.append([min(S, max(0, S + math.floor(apart * n) - m)) for n in order])
         m += 1
     assert K.tolist() == rows, f"{kind}: K[m, t] = clip(S + floor(u t) - m, 0, S), from all S to all 0"
-    assert kind != "trapezoid" or torch.equal(K, K.flip(1)), "a trapezoid is the same from both ends"
+    assert K.dtype == torch.int64, "levels are integers, and index the sigmas: int64"
 
 
 @pytest.mark.schedule
-@pytest.mark.parametrize("kind,u", KINDS)
-def test_matrix_comes_down_one_level_at_a_time(kind, u):
-    K = df.scheduling_matrix(kind, 6, 5, u)
-    assert (K[0] == 5).all(), "at first every frame is pure noise"
-    assert (K[-1] == 0).all(), "at last every frame is clean: is the trapezoid filled?"
-    assert set((K[1:] - K[:-1]).unique().tolist()) <= {0, -1}, "a step takes a frame down by one level or not at all"
-    assert (K[:, 1:] >= K[:, :-1]).all(), "no frame is cleaner than the one before it"
-
-
-@pytest.mark.schedule
-@pytest.mark.parametrize("arguments", [("none", 4, 4), ("pyramid", 0, 4), ("pyramid", 4, 0), ("pyramid", 4, 4, -1.0)])
+@pytest.mark.parametrize("arguments", [("none", 4, 4), ("pyramid", 0, 4), ("pyramid", 4, 0), ("pyramid", 4, 4, -1.0),
+                                       ("pyramid", 4, 4, math.inf), ("pyramid", 4, 4, math.nan)])
 def test_impossible_matrices_are_refused(arguments):
     refused(f"a matrix of {arguments}", df.scheduling_matrix, *arguments)
 
 
-@pytest.mark.schedule
-@pytest.mark.parametrize("period", [3, 2.5, 6, 7.25])
-@pytest.mark.parametrize("kind,u,T", [("pyramid", 1.5, 4), ("autoregressive", 0, 1), ("full_sequence", 0, 3)])
-def test_the_endless_matrix_is_copies_laid_along_time(kind, u, T, period):
-    """Against a slow loop: a wide sheet of S, on which each copy is laid, with zeros below its end."""
-    K, copies = df.scheduling_matrix(kind, T, 4, u).tolist(), 5
-    height = math.floor(4 * period) + len(K) + 2
-    sheet = [[4] * (copies * T) for _ in range(height)]
-    for j in range(copies):
-        top = math.floor(j * period)
-        for row in range(top, height):
-            sheet[row][j * T : (j + 1) * T] = K[row - top] if row - top < len(K) else [0] * T
-    found = [[df.endless_level(K, period, row, t) for t in range(copies * T)] for row in range(height)]
-    assert found == sheet, "copy j starts floor(j period) rows after copy 0; before that it is S, after its end 0"
-    assert df.endless_level(K, period, 0, -1) == 0, "the context is clean in every row"
+# ---- 6. sampling: Algorithm 2 ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.schedule
-@pytest.mark.parametrize("u", [1, 2, 0.3, 0.7, 2.6, 5, math.pi])
-def test_one_column_with_period_u_is_the_pyramid_bit_for_bit(u):
-    long, column = df.scheduling_matrix("pyramid", 60, 5, u), df.scheduling_matrix("pyramid", 1, 5).tolist()
-    assert [[df.endless_level(column, u, row, t) for t in range(60)] for row in range(len(long))] == long.tolist(), \
-        "an endless pyramid is one column with period u (0.3 * 10 is 3: Python's floats, on both sides)"
+def matrix(kind, T, S, u=1.0):
+    """A matrix by the formula, so that these tests do not need the one of section 5."""
+    apart = {"autoregressive": S, "full_sequence": 0}.get(kind, u)
+    start = torch.tensor([math.floor(apart * (min(t, T - 1 - t) if kind == "trapezoid" else t)) for t in range(T)])
+    return (S + start - torch.arange(S + int(start.max()) + 1)[:, None]).clamp(0, S)
 
 
-# ---- 6. sampling and rollout ----------------------------------------------------------------------------------------
+def euler_by_hand(x, sigmas, D):
+    """dx / dsigma = (x - D) / sigma (EDM, eqs. 1 and 3), in straight steps."""
+    for s, s_next in zip(sigmas, sigmas[1:]):
+        x = x + (s_next - s) * (x - D(x, s)) / s
+    return x
 
 
-def spied_rollout(kind, u, T=5, S=4, frames=None, context=0, **options):
-    spy = Spy(lambda x, sigma: 0.9 * x, **options)
-    clip = torch.randn(2, context, 3, 8, 8) if context else None
-    K = df.scheduling_matrix(kind, T, S, u)
-    try:
-        out = torch.stack(list(df.rollout(spy, K, frames or T + context, clip, batch_size=2)), 1)
-    except IndexError:
-        pytest.fail("a frame left x before it was given out, or too late: in which row did it finish?")
-    return spy, K, clip, out
+def multistep_by_hand(x, sigmas, D):
+    """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2: alpha = 1, so lambda = -ln sigma; last step of order 1."""
+    lam, seen = [-math.log(s) if s else math.inf for s in sigmas], []
+    for i in range(1, len(sigmas)):
+        seen.append(D(x, sigmas[i - 1]))
+        h = lam[i] - lam[i - 1]
+        target = seen[-1]
+        if i > 1 and sigmas[i]:
+            r = (lam[i - 1] - lam[i - 2]) / h
+            target = (1 + 1 / (2 * r)) * seen[-1] - 1 / (2 * r) * seen[-2]
+        x = sigmas[i] / sigmas[i - 1] * x - math.expm1(-h) * target
+    return x
 
 
 @pytest.mark.sampler
-@pytest.mark.parametrize("kind,u", KINDS)
-def test_the_network_is_told_the_level_of_every_frame_in_flight_and_sees_no_other(kind, u):
-    spy, K, _, _ = spied_rollout(kind, u, context=2)
-    levels, context_noise = df.karras_sigmas(4, spy.config), spy.config.context_noise * units(spy.config)
-    calls, entered, K = iter(spy.calls), 0, torch.cat([torch.zeros(len(K), 2, dtype=torch.int64), K], 1)
-    for now, then in zip(K[:-1].tolist(), K[1:].tolist()):
-        if now == then:
-            continue
-        call, finished = next(calls), now.count(0)
-        flying = [k for k, after in zip(now, then) if k > 0 and after < 4]
-        told = [context_noise] * (finished - entered) + [float(levels[k]) for k in flying]
-        assert call["sigma"][0].tolist() == pytest.approx(told), \
-            f"row {now}: context noise for new finished frames, then levels[K] of those in flight (units?)"
-        assert call["commit"] == finished - entered, f"row {now}: exactly the newly finished frames enter the state"
-        assert (call["state"] or 0) == entered, f"row {now}: the state holds every finished frame once"
-        entered = finished
-    assert next(calls, None) is None, "a step in which nothing moves makes no call"
+@pytest.mark.parametrize("options,by_hand", [(dict(solver="euler"), euler_by_hand), ({}, multistep_by_hand)])
+@pytest.mark.parametrize("K", [matrix("pyramid", 4, 5, 1.5), matrix("autoregressive", 3, 5),
+                               torch.tensor([[5, 5], [4, 5], [2, 5], [2, 3], [1, 2], [1, 1], [0, 1], [0, 0]])])
+def test_each_frame_takes_the_steps_of_its_column(K, options, by_hand):
+    """A denoiser that looks at each frame by itself: with levels held or skipped, each goes as it would alone."""
+    spy = Spy(lambda x, sigma: torch.tanh(x) / (1 + df.per_frame(sigma)))
+    nothing = torch.empty(1, 0, 3, 8, 8, dtype=torch.float64)
+    out = df.sample(spy, K, nothing, generator=seed(), **options)  # multistep is the default
+    s, start = df.karras_sigmas(5, spy.config).double(), spy.calls[0]["x"]
+    assert abs((start / s[5]).std() - 1) < 0.1, "it begins as sigma_max times a standard normal"
+    for t in range(K.shape[1]):
+        levels = [int(k) for k in torch.unique_consecutive(K[:, t])]
+        alone = by_hand(start[:, t], [float(s[k]) for k in levels], lambda x, sigma: torch.tanh(x) / (1 + sigma))
+        assert torch.allclose(out[:, t], alone, rtol=1e-5, atol=1e-9), f"frame {t}: its own last D, its own last sigma"
 
 
 @pytest.mark.sampler
-@pytest.mark.parametrize("kind,u", KINDS)
+@pytest.mark.parametrize("kind,u", KINDS + TRAPEZOIDS)
 @pytest.mark.parametrize("solver", df.SOLVERS)
 def test_a_constant_denoiser_is_landed_on_exactly(kind, u, solver):
     x0 = torch.randn(3, 8, 8)
-    spy = Spy(lambda x, sigma: x0.expand_as(x))
-    out = df.sample(spy, df.scheduling_matrix(kind, 4, 3, u), solver=solver)
+    out = df.sample(Spy(lambda x, sigma: x0.expand_as(x)), matrix(kind, 4, 3, u), solver=solver)
     assert torch.equal(out, x0.expand_as(out)), "a step to sigma 0 lands on D exactly"
 
 
@@ -582,317 +429,49 @@ def test_a_constant_denoiser_is_landed_on_exactly(kind, u, solver):
 @pytest.mark.parametrize("solver", df.SOLVERS)
 def test_a_frame_whose_level_is_held_keeps_every_bit(solver):
     K = torch.tensor([[3, 3], [2, 3], [1, 3], [1, 2], [1, 1], [0, 1], [0, 0]])
-    spy = Spy(lambda x, sigma: torch.sin(3 * x))
-    df.sample(spy, K, solver=solver)
-    level_1 = df.karras_sigmas(3, spy.config)[1]
-    held = [c["x"][:, 0] for c in spy.calls if c["sigma"].shape[1] == 2 and c["sigma"][0, 0] == level_1]
-    assert len(held) >= 3, "a held frame is still shown to the frames after it"
-    assert all(torch.equal(h, held[0]) for h in held), "a held frame is copied, not stepped"
+    for run in (df.sample, lambda *args, **options: list(df.rollout(*args, num_frames=2, **options))):
+        spy = Spy(lambda x, sigma: torch.sin(3 * x))
+        run(spy, K, solver=solver)
+        level_1 = df.karras_sigmas(3, spy.config)[1]
+        held = [c["x"][:, 0] for c in spy.calls if c["sigma"].shape[1] == 2 and c["sigma"][0, 0] == level_1]
+        assert len(held) >= 3, "a held frame is still shown to the frames after it"
+        assert all(torch.equal(h, held[0]) for h in held), "a held frame is copied, not stepped"
 
 
 @pytest.mark.sampler
-@pytest.mark.parametrize("K", [[[4, 4], [3, 4], [2, 3], [1, 2], [0, 1], [0, 0]], [[4, 4], [2, 4], [1, 4], [1, 2], [0, 0]]])
-def test_a_step_goes_to_the_level_in_the_matrix_and_adds_nothing(K):
-    """D = 0: a frame at sigma is its first noise, shrunk by sigma / sigma_max; the network sees just that."""
-    spy, K = Spy(), torch.tensor(K)
-    df.sample(spy, K)
-    first = {}
-    for call in spy.calls:
-        start = call["state"] or 0
-        for i in range(call["commit"], call["x"].shape[1]):
-            unit = call["x"][:, i] / call["sigma"][0, i]
-            first.setdefault(start + i, unit)
-            assert torch.allclose(unit, first[start + i], rtol=1e-4), f"frame {start + i}: x <- D + (s' / s) (x - D)"
-    assert all(abs(z.std() - 1) < 0.3 for z in first.values()), "it begins as sigma_max times a standard normal"
+@pytest.mark.parametrize("causal", [True, False])
+def test_sample_shows_all_frames_in_every_call_with_the_sigma_that_they_have(causal):
+    spy, context = Spy(lambda x, sigma: 0.9 * x, causal=causal, window=6, action_dim=1), torch.randn(2, 2, 3, 8, 8)
+    K, actions = torch.tensor([[3, 3, 3], [2, 3, 3], [0, 3, 3], [0, 2, 2], [0, 0, 1], [0, 0, 0]]), torch.randn(2, 9, 1)
+    before, sigmas, known = K.clone(), df.karras_sigmas(3, spy.config), 0.05 * units(spy.config)
+    out = df.sample(spy, K, context, actions=actions)
+    assert len(spy.calls) == 5, "one call for each step"
+    for row, call in zip(K, spy.calls):
+        told = [known] * 2 + [float(sigmas[k]) if k else known for k in row]
+        assert call["sigma"].tolist() == [pytest.approx(told)] * 2, f"row {row.tolist()}: sigmas[K], or context_noise"
+        assert call["commit"] == 0 and call["state"] is None, "all frames are in every call, so there is no state"
+        assert torch.equal(call["actions"], actions[:, :5]), "row t of the actions belongs to frame t, context included"
+    assert out.shape == (2, 5, 3, 8, 8) and torch.equal(out[:, :2], context), "the context comes first, as it went in"
+    assert torch.equal(K, before), "the matrix of the caller stays as it was"
 
 
 @pytest.mark.sampler
-def test_context_carries_the_noise_it_says_drawn_once():
-    spy, x0 = Spy(lambda x, sigma: x, height=32, width=32), torch.full((4, 3, 3, 32, 32), 0.5)
-    K = df.scheduling_matrix("autoregressive", 1, 2)
-    out = torch.stack(list(df.rollout(spy, K, 5, x0)), 1)
-    told = spy.config.context_noise * units(spy.config)
-    first = spy.calls[0]
-    assert float((first["x"][:, :3] - x0).std()) == pytest.approx(told, rel=0.05), "noise on the context is what it says"
-    assert torch.equal(out[:, :3], x0), "the context comes out as it went in"
-    label = torch.cat([c["sigma"].flatten() for c in spy.calls])
-    assert label.min() >= min(told, spy.config.sigma_min * units(spy.config)) * 0.999, "sigma = 0 reached the logarithm"
-    entered = next(c for c in spy.calls[1:] if c["commit"])  # the first generated frame enters the state
-    assert float((entered["x"][:, 0] - out[:, 3]).std()) == pytest.approx(told, rel=0.05), \
-        "finished frames enter the state with context noise, as the context does"
-
-
-@pytest.mark.sampler
-def test_a_finished_frame_is_shown_with_the_same_noise_in_every_call():
-    spy = Spy(lambda x, sigma: 0.9 * x, causal=False)
-    df.sample(spy, torch.tensor([[2, 2], [2, 1], [2, 0], [1, 0], [0, 0]]))  # frame 1 is done, and frame 0 not yet
-    told = spy.config.context_noise * units(spy.config)
-    shown = [c["x"][:, 1] for c in spy.calls if c["sigma"].shape[1] == 2 and abs(c["sigma"][0, 1] - told) < 1e-6]
-    assert len(shown) == 2 and torch.equal(shown[0], shown[1]), "one draw of context noise a frame, not one a call"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("u", [1, 0.7, 2.5])
-@pytest.mark.parametrize("temporal", MIXERS)
-def test_an_endless_pyramid_is_one_long_pyramid(temporal, u):
-    model, context = random_denoiser(temporal=temporal), torch.randn(2, 2, 3, 8, 8)
-
-    def run(K, **options):
-        frames = df.rollout(model, K, 22, context, generator=torch.Generator().manual_seed(5), **options)
-        return torch.stack(list(frames), 1)
-
-    long = run(df.scheduling_matrix("pyramid", 20, 4, u))
-    assert torch.equal(run(df.scheduling_matrix("pyramid", 1, 4), period=u), long), "the same numbers, bit for bit"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("u", [1, 2, 2.5])
-def test_an_endless_pyramid_costs_u_calls_a_frame_and_never_drains(u):
-    spy, frames = Spy(), 200
-    list(df.rollout(spy, df.scheduling_matrix("pyramid", 1, 5), frames, period=u))
-    assert len(spy.calls) == 5 + math.floor(u * (frames - 1)), "S calls for the first frame, u for each other one"
-    widths = [len([s for s in call["sigma"][0, call["commit"]:]]) for call in spy.calls[20:-20]]
-    assert min(widths) >= math.floor(5 / u) and max(widths) <= math.ceil(5 / u), "S / u frames are in flight, always"
-
-
-@pytest.mark.sampler
-def test_a_matrix_may_pause_between_its_copies():
-    spy = Spy()
-    out = list(df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 3), 3, period=6))
-    assert [len(out), len(spy.calls)] == [3, 9], "in rows in which nothing moves there is no call"
-    assert [c["commit"] for c in spy.calls] == [0, 0, 0, 1, 0, 0, 1, 0, 0], "a finished frame enters with the next call"
-
-
-@pytest.mark.sampler
-def test_a_rollout_is_multistep_unless_told():
-    spy, K = Spy(lambda x, sigma: torch.tanh(x)), df.scheduling_matrix("pyramid", 2, 4)
-    run = lambda **options: df.sample(spy, K, generator=torch.Generator().manual_seed(0), **options)
-    assert torch.equal(run(), run(solver="multistep")) and not torch.equal(run(), run(solver="euler")), "the default solver"
-
-
-@pytest.mark.sampler
-def test_a_rollout_without_an_end_goes_on():
-    spy = Spy(lambda x, sigma: 0.9 * x)
-    endless = df.rollout(spy, df.scheduling_matrix("pyramid", 1, 4), None, period=2, generator=torch.Generator().manual_seed(5))
-    first = torch.stack([next(endless) for _ in range(40)], 1)
-    whole = df.rollout(spy, df.scheduling_matrix("pyramid", 1, 4), 40, period=2, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(first, torch.stack(list(whole), 1)), "num_frames=None: the same frames, for ever"
-    with_actions = df.rollout(Spy(action_dim=1), df.scheduling_matrix("autoregressive", 1, 2), None, actions=torch.ones(1, 7, 1))
-    assert len(list(with_actions)) == 7, "it ends where its actions end"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("temporal", MIXERS)
-def test_the_thousandth_frame_costs_what_the_hundredth_does(temporal):
-    model, calls, state_bytes = random_denoiser(temporal=temporal), [], []
-
-    class Counted(torch.nn.Module):
-        config = model.config
-
-        def forward(self, x, sigma, state=None, **options):
-            D, new = model(x, sigma, state, **options)
-            calls.append(x.shape[1])
-            state_bytes.append(sum(t.untyped_storage().nbytes() for t in flat(new)) if new else 0)
-            return D, new
-
-    list(df.rollout(Counted(), df.scheduling_matrix("pyramid", 1, 3), 1000, period=1.5))
-    assert max(calls[1400:]) == max(calls[100:200]) <= 4, "x grows: finished frames must leave it"
-    assert max(state_bytes[1400:]) == max(state_bytes[100:200]), "the state grows"
-
-
-@pytest.mark.sampler
-def test_a_model_that_sees_both_ways_has_all_frames_in_every_call():
-    spy = Spy(lambda x, sigma: 0.9 * x, causal=False, window=5)
-    context = torch.randn(1, 2, 3, 8, 8)
-    out = df.sample(spy, df.scheduling_matrix("autoregressive", 3, 2), context)
-    sigmas, told = df.karras_sigmas(2, spy.config), spy.config.context_noise * units(spy.config)
-    assert all(call["commit"] == 0 and call["state"] is None for call in spy.calls), "past frames listen: none is put away"
-    assert all(call["x"].shape[1] == 5 for call in spy.calls), "context, and frames that have not started, are in each call"
-    first = spy.calls[0]["sigma"][0].tolist()
-    assert first == pytest.approx([told, told] + 3 * [float(sigmas[2])]), "context noise, and sigma_max for what has not started"
-    assert torch.equal(out[:, :2], context), "the context comes out as it went in"
-    K = df.scheduling_matrix("full_sequence", 3, 2)
-    for what, matrix, frames, options in (
-        ("a second copy of the matrix", K, 4, {}), ("frames beyond the window", df.scheduling_matrix("full_sequence", 6, 2), 6, {}),
-        ("a rollout without an end", K, None, {}), ("a context that leaves the window", K, 6, dict(context=context[:, [0, 0, 0]]))):
-        refused(what, df.rollout, spy, matrix, frames, **options)
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("context", [0, 1, 3])
-@pytest.mark.parametrize("kind,u,tile", [("autoregressive", 0, 1), ("pyramid", 1.5, 4), ("full_sequence", 0, 3)])
-def test_no_frame_is_dropped_or_added(kind, u, tile, context):
-    for frames in range(max(context, 1), 10):
-        *_, clip, out = spied_rollout(kind, u, T=tile, S=2, frames=frames, context=context)
-        assert out.shape[1] == frames, f"{frames} frames asked for, context of {context}, tiles of {tile}"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("temporal", MIXERS)
-def test_a_longer_rollout_begins_with_the_shorter_one_whatever_the_tile(temporal):
-    model, context = random_denoiser(temporal=temporal), torch.randn(2, 2, 3, 8, 8)
-
-    def run(tile, frames):
-        K = df.scheduling_matrix("autoregressive", tile, 3)
-        return torch.stack(list(df.rollout(model, K, frames, context, generator=torch.Generator().manual_seed(5))), 1)
-
-    long = run(1, 9)
-    assert torch.equal(long[:, :6], run(1, 6)), "noise is drawn frame by frame: num_frames must not change it"
-    for tile in (2, 4, 7):
-        assert torch.allclose(long, run(tile, 9), atol=1e-4), f"tile {tile} is the same rollout as tile 1"
-
-
-@pytest.mark.sampler
-def test_a_tile_cut_to_length_is_the_beginning_of_a_whole_one():
-    model, K = random_denoiser(), df.scheduling_matrix("pyramid", 4, 3, 1.5)
-
-    def run(frames):
-        return torch.stack(list(df.rollout(model, K, frames, generator=torch.Generator().manual_seed(5))), 1)
-
-    assert torch.allclose(run(8)[:, :7], run(7), atol=1e-4), "the last tile has the first columns of the matrix"
-
-
-@pytest.mark.sampler
-def test_sample_is_the_context_and_then_the_matrix_once():
-    context = torch.randn(2, 3, 3, 8, 8)
-    out = df.sample(Spy(), df.scheduling_matrix("pyramid", 4, 2), context)
-    assert out.shape == (2, 7, 3, 8, 8), "sample: the context, then as many frames as the matrix has columns"
-    assert torch.equal(out[:, :3], context), "the context comes first, as it went in"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_rollout_keeps_its_type(dtype):
-    spy, actions = Spy(lambda x, sigma: 0.9 * x, action_dim=1), torch.ones(1, 2, 1)
-    nothing = torch.empty(1, 0, 3, 8, 8, dtype=dtype)
-    out = df.sample(spy, df.scheduling_matrix("pyramid", 2, 2), nothing, actions=actions)
-    types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
-    assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
-
-
-@pytest.mark.sampler
-def test_a_rollout_from_nothing_has_the_type_of_the_model():
-    out = df.sample(random_denoiser().double(), df.scheduling_matrix("autoregressive", 1, 2))
-    assert out.dtype == torch.float64, "without a context, type and device are those of the weights"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("context", [0, 2])
-def test_whoever_paints_on_a_frame_does_not_change_the_memory(context):
-    model, K = random_denoiser(), df.scheduling_matrix("autoregressive", 2, 2)
-
-    def run(keep):
-        clip, frames = torch.ones(1, context, 3, 8, 8) if context else None, []
-        for frame in df.rollout(model, K, 5, clip, generator=torch.Generator().manual_seed(5)):
-            frames.append(frame.clone())
-            frame *= keep
-        return torch.stack(frames)
-
-    assert torch.equal(run(1.0), run(0.0)), "frames are given out as views of the memory: clone them"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("kind,S,u", [("autoregressive", 3, 3), ("pyramid", 4, 2), ("pyramid", 6, 1)])
-def test_an_action_is_asked_for_when_its_frame_joins(kind, S, u):
-    """After frame t - 1 was given out (in a pyramid, frame t - S / u), and not before: a player sees it first."""
-    seen = []  # in order: the number of an action that was asked for, or of a frame that was given out
-
-    def keys():
-        for t in itertools.count():
-            seen.append(f"action {t}")
-            yield torch.full((1, 1), float(t))
-
-    spy, context = Spy(action_dim=1), torch.zeros(1, 2, 3, 8, 8)
-    frames = df.rollout(spy, df.scheduling_matrix(kind, 1, S), 12, context, period=u, actions=keys())
-    for t, _ in enumerate(frames):
-        seen.append(f"frame {t}")
-    ahead = S // u
-    for t in range(2 + ahead, 12):
-        now = seen.index(f"action {t}")
-        assert f"frame {t - ahead}" in seen[:now], f"the action of frame {t} is asked for before frame {t - ahead} is given out"
-        assert f"frame {t - ahead + 1}" not in seen[:now], f"it is asked for later than needed: frame {t} is not noise any more"
-    assert seen[:4] == ["action 0", "action 1", "frame 0", "frame 1"], "the frames of context have actions, too"
-    assert "action 12" not in seen, "no action is asked for that no frame of num_frames needs"
-    for call in spy.calls:
-        told = call["actions"][0, :, 0].tolist()
-        assert told == list(range(int(told[0]), int(told[0]) + call["x"].shape[1])), "each frame has the action that was asked for it"
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("kind,u", KINDS)
-def test_actions_may_come_from_an_iterator(kind, u):
-    model, actions = random_denoiser(action_dim=2, window=4), torch.randn(2, 9, 2)
-    run = lambda actions, N: list(df.rollout(model, df.scheduling_matrix(kind, 3, 4, u), N, torch.zeros(2, 2, 3, 8, 8),
-                                             actions=actions, generator=torch.Generator().manual_seed(0)))
-    tensor, one_by_one = run(actions, 9), run(iter(actions.unbind(1)), None)
-    assert len(one_by_one) == 9, "the end of the iterator ends the rollout, and all frames that have an action are given out"
-    assert all(map(torch.equal, tensor, one_by_one)), "an iterator gives the same frames as a tensor, bit for bit"
-    assert len(run(iter(actions.unbind(1)), 7)) == 7, "num_frames ends it before the actions do"
-    assert len(run(iter(actions[:, :1].unbind(1)), None)) == 1, "actions that end within the context end the rollout there"
-
-
-@pytest.mark.sampler
-def test_actions_go_with_their_frames():
-    spy = Spy(lambda x, sigma: x, action_dim=1)
-    actions = torch.arange(7.0).view(1, 7, 1)
-    list(df.rollout(spy, df.scheduling_matrix("pyramid", 3, 2, 1), 7, torch.zeros(1, 1, 3, 8, 8), actions=actions))
-    told = [c["actions"][0, :, 0].tolist() for c in spy.calls]
-    assert all(told), "no action for a frame: are they counted from the first frame of the context?"
-    assert told[0][0] == 0 and told[-1][-1] == 6, "row t of the actions belongs to frame t, context included"
-    assert all(a == list(range(int(a[0]), int(a[0]) + len(a))) for a in told), "actions are in step with the frames"
-    assert all(len(a) == c["x"].shape[1] for a, c in zip(told, spy.calls)), "one row for every frame shown"
-
-
-@pytest.mark.sampler
-def test_noise_is_shared_by_no_clips_frames_or_channels():
-    spy, x = Spy(), torch.zeros(2, 3, 3, 8, 8)
-    df.diffusion_forcing_loss(spy, x, spy.config)
-    list(df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 1), 4, x))
-    for call in spy.calls[:2]:
-        z = (call["x"] / call["sigma"][..., None, None, None]).flatten(3).flatten(0, 2)
-        assert torch.corrcoef(z).triu(1).abs().max() < 0.7, "noise shared by clips, frames or channels: the shape of randn?"
-
-
-@pytest.mark.sampler
-def test_context_noise_is_not_the_noise_that_a_frame_began_with():
-    spy = Spy()  # its frames end at 0, so that only noise is seen
-    list(df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 2), 2))
-    began = spy.calls[0]["x"][:, 0].flatten()
-    remembered = next(c["x"][:, 0].flatten() for c in spy.calls if c["commit"])
-    assert abs(torch.corrcoef(torch.stack([began, remembered]))[0, 1]) < 0.4, "each frame has two draws: first, and as history"
-
-
-@pytest.mark.sampler
-def test_every_call_has_the_state_and_the_actions_of_its_frames():
-    spy, actions = Spy(action_dim=1), torch.arange(12.0).view(2, 6, 1)
-    K = df.scheduling_matrix("autoregressive", 1, 3)
-    list(df.rollout(spy, K, 6, torch.zeros(2, 1, 3, 8, 8), actions=actions))
-    for call in spy.calls:
-        start = call["state"] or 0
-        assert torch.equal(call["actions"], actions[:, start : start + call["x"].shape[1]]), "actions of other frames or clips"
-    for call, following in zip(spy.calls, spy.calls[1:]):
-        if call["commit"]:
-            assert following["state"] == (call["state"] or 0) + call["commit"], "a call starts from the state that the last one left"
-
-
-@pytest.mark.sampler
-def test_a_rollout_keeps_no_graph():
-    out = df.sample(random_denoiser(), df.scheduling_matrix("pyramid", 2, 2))
-    assert not out.requires_grad, "without no_grad every frame keeps the graph of all frames before it"
-
-
-@pytest.mark.sampler
-def test_a_frame_is_given_out_as_soon_as_it_is_finished():
-    spy = Spy()
-    calls = [len(spy.calls) for _ in df.rollout(spy, df.scheduling_matrix("autoregressive", 4, 3), 4)]
-    assert calls == [3, 6, 9, 12], "frames are held back until their tile ends: yield inside the loop over rows"
-
-
-@pytest.mark.sampler
-def test_finished_frames_enter_the_state_once():
-    spy = Spy()
-    df.sample(spy, torch.tensor([[2, 2, 2], [1, 1, 2], [0, 0, 2], [0, 0, 1], [0, 0, 0]]))
-    assert [call["commit"] for call in spy.calls] == [0, 0, 2, 0], "finished frames enter with the next step, once"
+def test_history_carries_the_noise_that_the_network_is_told_drawn_once():
+    told, x0 = 0.3 * units(tiny()), torch.full((4, 2, 3, 16, 16), 0.5)
+    both = Spy(lambda x, sigma: torch.full_like(x, 0.7), causal=False, window=6, height=16, width=16, context_noise=0.3)
+    out = df.sample(both, matrix("autoregressive", 3, 2), x0, keyframes={4: x0[:, 0]})
+    noise = torch.stack([call["x"] - out for call in both.calls])  # (calls,B,T,C,H,W): of known frames, their noise
+    assert len(both.calls) == 2 * 2, "two frames are sampled, in two steps each: a keyframe takes none"
+    for t, known in ((0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [2, 3]), (4, [0, 1, 2, 3])):
+        assert (noise[known, :, t] == noise[known[0], :, t]).all(), "one draw for each frame, not one for each call"
+        assert float(noise[known[0], :, t].std()) == pytest.approx(told, rel=0.06), "it is really added, and as told"
+    rows = noise[2][:, [0, 1, 2, 4]].flatten(3).flatten(0, 2)
+    assert torch.corrcoef(rows).triu(1).abs().max() < 0.35, "no clip, frame or channel shares it"
+    first = torch.stack([both.calls[0]["x"][:, 2].flatten(), noise[2, :, 2].flatten()])
+    assert torch.corrcoef(first)[0, 1].abs() < 0.1, "it is not the noise that the frame began with"
+    given = dict(enumerate(x0.unbind(1)))
+    assert torch.equal(df.sample(both, matrix("pyramid", 2, 2), keyframes=given, batch_size=4), x0), "all is given"
+    assert len(both.calls) == 4, "so there is nothing to call the network for"
 
 
 class JointGaussian:
@@ -903,23 +482,20 @@ class JointGaussian:
                                       sigma_data=0.5, context_noise=1e-4, sigma_min=0.002, window=len(C), **options)
 
     def __call__(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
-        y, s = x.flatten(2).squeeze(-1).double(), sigma.double()
+        y, s = x.flatten(2).squeeze(-1).double(), sigma[0].double()
         if state is not None:
-            y, s = torch.cat([state[0], y], 1), torch.cat([state[1], s], 1)
+            y, s = torch.cat([state[0], y], 1), torch.cat([state[1], s])
         n, done = y.shape[1], 0 if state is None else state[0].shape[1]
         if self.config.causal:
-            D = torch.stack([self.mean(y[:, : i + 1], s[:, : i + 1])[:, i] for i in range(done, n)], 1)
+            D = torch.stack([self.mean(y[:, : i + 1], s[: i + 1])[:, i] for i in range(done, n)], 1)
         else:
             D = self.mean(y, s)[:, done:]
         commit = x.shape[1] if commit is None else commit
-        return D.to(x).view_as(x), state if commit == 0 else (y[:, : done + commit], s[:, : done + commit])
+        return D.to(x).view_as(x), state if commit == 0 else (y[:, : done + commit], s[: done + commit])
 
     def mean(self, y, s):
-        C, out = self.C[: s.shape[1], : s.shape[1]], torch.empty_like(y)
-        for row in s[[0, -1]].unique(dim=0):  # under guidance, two halves
-            same = (s == row).all(1)
-            out[same] = y[same] @ torch.linalg.solve(C + torch.diag(row**2), C)
-        return out
+        C = self.C[: len(s), : len(s)]
+        return y @ torch.linalg.solve(C + torch.diag(s**2), C)
 
 
 def ar1(T, phi=0.9):
@@ -928,21 +504,19 @@ def ar1(T, phi=0.9):
 
 
 @pytest.mark.sampler
-@pytest.mark.parametrize("causal,kind,u", [(False, k, u) for k, u in KINDS + TRAPEZOIDS] + [(True, "autoregressive", 0)])
+@pytest.mark.parametrize("causal,kind,u", [(False, *ku) for ku in KINDS + TRAPEZOIDS] + [(True, "autoregressive", 0)])
 def test_exact_denoisers_give_the_true_covariance(causal, kind, u):
     model = JointGaussian(ar1(4), causal=causal)
-    K = df.scheduling_matrix(kind, 4, 64, u)
-    x = df.sample(model, K, batch_size=8000, solver="multistep", generator=torch.Generator().manual_seed(0)).flatten(1)
+    x = df.sample(model, matrix(kind, 4, 64, u), batch_size=8000, generator=seed()).flatten(1)
     error = (torch.cov(x.T).double() - model.C).abs().max() / 0.25
-    assert error < 0.06, f"samples of {kind} have the wrong covariance (off by {error:.0%}): wrong slope, level or state"
+    assert error < 0.06, f"samples of {kind} have the wrong covariance (off by {error:.0%}): wrong slope or level"
 
 
 @pytest.mark.sampler
 def test_with_a_causal_denoiser_only_autoregressive_is_exact():
     """Past frames cannot listen to later ones: no bug, but a limit of every causal model."""
     model = JointGaussian(ar1(4), causal=True)
-    K = df.scheduling_matrix("full_sequence", 4, 64)
-    x = df.sample(model, K, batch_size=8000, solver="multistep", generator=torch.Generator().manual_seed(0)).flatten(1)
+    x = df.sample(model, matrix("full_sequence", 4, 64), batch_size=8000, generator=seed()).flatten(1)
     error = (torch.cov(x.T).double() - model.C).abs().max() / 0.25
     assert 0.2 < error < 0.7, f"full_sequence with a causal denoiser is off by {error:.0%}, not by the known 45 %"
 
@@ -954,235 +528,215 @@ def test_frames_between_keyframes_have_the_true_mean_and_covariance(kind, u, con
     """The first frame (a keyframe, or context) and the last one are given: in closed form, what lies between."""
     model, ends = JointGaussian(ar1(4), causal=False), torch.tensor([0.8, -0.3])
     given = ends[:, None, None, None, None].expand(2, 4000, 1, 1, 1)
-    K = df.scheduling_matrix(kind, 4 - context, 64, u)
-    x = torch.stack(list(df.rollout(model, K, 4, given[0][:, None] if context else None, batch_size=4000,
-                                    keyframes={3: given[1]} if context else {0: given[0], 3: given[1]},
-                                    generator=torch.Generator().manual_seed(0))), 1).flatten(1)
+    keyframes = {3: given[1]} if context else {0: given[0], 3: given[1]}
+    x = df.sample(model, matrix(kind, 4 - context, 64, u), given[0][:, None] if context else None, keyframes=keyframes,
+                  batch_size=4000, generator=seed()).flatten(1)
     assert torch.equal(x[:, [0, 3]], ends.expand(4000, 2)), "given frames come out bit for bit"
     C, between, known = model.C, [1, 2], [0, 3]
     gain = C[between][:, known] @ torch.linalg.inv(C[known][:, known])
     mean, cov = gain @ ends.double(), C[between][:, between] - gain @ C[known][:, between]
-    assert (x[:, 1:3].double().mean(0) - mean).abs().max() < 0.02, f"{kind}: wrong mean: both ends pull at what is between"
+    assert (x[:, 1:3].double().mean(0) - mean).abs().max() < 0.02, f"{kind}: wrong mean: both ends pull"
     assert (torch.cov(x[:, 1:3].T).double() - cov).abs().max() < 0.05 * cov[0, 0], f"{kind}: wrong covariance"
 
 
 @pytest.mark.sampler
-def test_keyframes_are_shown_as_history_is_and_come_out_as_they_went_in():
-    spy, clip = Spy(lambda x, sigma: 0.9 * x, causal=False, window=6, context_noise=0.3), torch.randn(1, 6, 3, 8, 8)
-    keyframes, K = {3: clip[:, 3], 5: clip[:, 5]}, df.scheduling_matrix("autoregressive", 5, 2)
-    out = torch.stack(list(df.rollout(spy, K, 6, clip[:, :1], keyframes=keyframes)), 1)
-    known = [0, 3, 5]
-    assert torch.equal(out[:, known], clip[:, known]), "given frames come out bit for bit"
-    told, shown = 0.3 * units(spy.config), torch.cat([call["x"] for call in spy.calls])[:, known]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_type_and_device_are_those_of_the_context_or_of_the_weights(dtype):
+    actions, nothing = torch.ones(1, 2, 1), torch.empty(1, 0, 3, 8, 8, dtype=dtype)
+    for run in (df.sample, lambda *args, **options: torch.stack(list(df.rollout(*args[:2], 2, args[2], **options)), 1)):
+        spy = Spy(lambda x, sigma: 0.9 * x, action_dim=1)
+        out = run(spy, matrix("pyramid", 2, 2), nothing, actions=actions)
+        types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
+        assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
+    model, K = random_denoiser().to(dtype if dtype == torch.float64 else torch.float32), matrix("pyramid", 2, 2)
+    out = df.sample(model, K)
+    assert out.dtype == next(model.parameters()).dtype, "without a context: as the weights"
+    assert not out.requires_grad and not next(df.rollout(model, K, 2)).requires_grad, "it keeps no graph"
+
+
+# ---- 7. rollout -----------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = [("autoregressive", 0, 5, None), ("pyramid", 1, 5, None), ("pyramid", 2.5, 5, None),
+           ("pyramid", 0.4, 5, None), ("full_sequence", 0, 5, None), ("autoregressive", 0, 1, None),
+           ("full_sequence", 0, 3, None), ("pyramid", 1, 3, 3.5), *[("pyramid", 0, 1, u) for u in (0.3, 1, 2.5, 7)]]
+
+
+def laid_out(K, period, num_frames):
+    """Copies of K side by side, by a slow loop: copy j begins floor(j period) rows after copy 0."""
+    T, S, copies = K.shape[1], int(K[0, 0]), math.ceil(num_frames / K.shape[1])
+    period = len(K) - 1 if period is None else period
+    height = math.floor((copies - 1) * period) + len(K)
+    sheet = torch.full((height, copies * T), S)
+    for j in range(copies):
+        top = math.floor(j * period)
+        for row in range(top, height):
+            sheet[row, j * T : (j + 1) * T] = K[row - top] if row - top < len(K) else 0
+    return sheet[:, :num_frames]
+
+
+@pytest.mark.rollout
+@pytest.mark.parametrize("temporal", MIXERS)
+@pytest.mark.parametrize("kind,u,T,period", LAYOUTS)
+def test_rollout_is_sample_with_a_state(temporal, kind, u, T, period):
+    """The heart of the sampler: frames that leave, a state that takes them, copies of the matrix change no number."""
+    model, K = random_denoiser(temporal=temporal, action_dim=2, window=4).double(), matrix(kind, T, 3, u)
+    for num_context, acting, options in ((0, True, {}), (2, False, dict(solver="euler")), (2, True, {})):
+        N = num_context + (5 if T == 5 else 7)
+        context = torch.randn(2, num_context, 3, 8, 8, dtype=torch.float64, generator=seed(1))
+        options = options | dict(actions=torch.randn(2, N, 2, generator=seed(2)) if acting else None)
+        frames = torch.stack(list(df.rollout(model, K, N, context, period=period, generator=seed(3), **options)), 1)
+        clip = df.sample(model, laid_out(K, period, N - num_context), context, generator=seed(3), **options)
+        assert frames.shape == clip.shape == (2, N, 3, 8, 8), "no frame is dropped or added"
+        assert torch.equal(frames[:, :num_context], context), "the context comes first, as it went in"
+        worst = float((frames - clip).abs().max())
+        assert worst < 1e-5, f"off by {worst:.1e}: context {num_context}, actions {acting}, {options.keys()}"
+
+
+@pytest.mark.rollout
+@pytest.mark.parametrize("kind,u,T,period", LAYOUTS)
+def test_a_frame_is_in_the_calls_from_its_start_until_it_enters_the_state(kind, u, T, period):
+    spy, K = Spy(lambda x, sigma: 0.9 * x), matrix(kind, T, 3, u)
+    list(df.rollout(spy, K, 12, torch.randn(2, 2, 3, 8, 8), period=period))
+    calls, entered = iter(spy.calls), 0
+    for now, then in itertools.pairwise(F.pad(laid_out(K, period, 10), (2, 0)).tolist()):
+        if now == then:
+            continue
+        call, finished = next(calls), now.count(0)
+        flying = sum(k > 0 and after < 3 for k, after in zip(now, then))
+        assert call["commit"] == finished - entered, f"row {now}: exactly the newly finished frames enter the state"
+        assert (call["state"] or 0) == entered, f"row {now}: the state of the last call, with every finished frame once"
+        assert call["x"].shape[1] == finished - entered + flying, f"row {now}: and those in flight"
+        entered = finished
+    assert next(calls, None) is None, "a row in which nothing moves makes no call"
+
+
+@pytest.mark.rollout
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_a_late_frame_costs_what_an_early_one_does(temporal):
+    model, widths, kept = random_denoiser(temporal=temporal), [], {}
+    model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    for t, _ in enumerate(df.rollout(model, matrix("pyramid", 1, 3), 221, period=1.5)):
+        if t in (40, 41, 219, 220):  # bytes of all tensors that are alive
+            gc.collect()
+            storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+            kept[t] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    assert max(widths[250:]) == max(widths[30:60]) <= 4, "x grows: finished frames must leave it"
+    frame = 3 * 8 * 8 * 4
+    assert max(kept[219], kept[220]) < max(kept[40], kept[41]) + 20 * frame, "180 frames later, memory has grown"
+
+
+@pytest.mark.rollout
+def test_a_rollout_without_an_end_goes_on_and_a_longer_one_begins_with_the_shorter():
+    spy, K = Spy(lambda x, sigma: 0.9 * x), matrix("pyramid", 4, 3, 1.5)
+    endless = df.rollout(spy, K, None, generator=seed(5))
+    first = torch.stack([next(endless) for _ in range(30)], 1)
+    for N in (1, 7, 30):
+        whole = torch.stack(list(df.rollout(spy, K, N, generator=seed(5))), 1)
+        assert torch.equal(first[:, :N], whole), "noise is drawn frame by frame: num_frames must not change it"
+    acting = df.rollout(Spy(action_dim=1), matrix("autoregressive", 1, 2), None, actions=torch.ones(1, 7, 1))
+    assert len(list(acting)) == 7, "it ends where its actions end"
+
+
+@pytest.mark.rollout
+def test_a_frame_is_given_out_as_soon_as_it_is_finished():
+    spy = Spy()
+    calls = [len(spy.calls) for _ in df.rollout(spy, matrix("autoregressive", 4, 3), 5, torch.zeros(1, 1, 3, 8, 8))]
+    assert calls == [0, 3, 6, 9, 12], "frames are held back: yield in the loop over rows"
+
+
+@pytest.mark.rollout
+@pytest.mark.parametrize("context", [0, 2])
+def test_whoever_paints_on_a_frame_does_not_change_the_memory(context):
+    model, K = random_denoiser(), matrix("autoregressive", 2, 2)
+
+    def run(keep):
+        clip, frames = torch.ones(1, context, 3, 8, 8) if context else None, []
+        for frame in df.rollout(model, K, 5, clip, generator=seed(5)):
+            frames.append(frame.clone())
+            frame *= keep
+        return torch.stack(frames)
+
+    assert torch.equal(run(1.0), run(0.0)), "frames are given out as views of the memory: clone them"
+
+
+@pytest.mark.rollout
+@pytest.mark.parametrize("kind,S,u", [("autoregressive", 3, 3), ("pyramid", 4, 2), ("pyramid", 6, 1)])
+def test_an_action_is_asked_for_when_its_frame_joins(kind, S, u):
+    """After frame t - 1 was given out (in a pyramid, frame t - S / u), and not before: a player sees it first."""
+    seen = []  # in order: the number of an action that was asked for, or of a frame that was given out
+
+    def keys():
+        for t in itertools.count():
+            seen.append(f"action {t}")
+            yield torch.full((1, 1), float(t))
+
+    spy, context = Spy(action_dim=1), torch.zeros(1, 2, 3, 8, 8)
+    for t, _ in enumerate(df.rollout(spy, matrix(kind, 1, S), 12, context, period=u, actions=keys())):
+        seen.append(f"frame {t}")
+    ahead = S // u
+    for t in range(2 + ahead, 12):
+        before = seen[: seen.index(f"action {t}")]
+        assert f"frame {t - ahead}" in before, f"action {t} is asked for before frame {t - ahead} is given out"
+        assert f"frame {t - ahead + 1}" not in before, f"action {t} is asked for late: frame {t} is no longer noise"
+    assert {"action 0", "action 1"} < set(seen[:4]), "the frames of context have actions, too"
+    assert "action 12" not in seen, "no action is asked for that no frame of num_frames needs"
     for call in spy.calls:
-        assert call["sigma"][0, known].tolist() == pytest.approx([told] * 3), "its label, whatever the matrix says"
-    assert (shown == shown[:1]).all(), "its noise is drawn once"
-    assert (shown[0] - clip[0, known]).std().item() == pytest.approx(told, rel=0.15), "its noise is what the label says"
-    assert len(spy.calls) == 2 * 3, "three frames with two steps each: rows that only move a keyframe make no call"
-    assert sum(1 for _ in df.rollout(spy, K, 5, keyframes={t: clip[:, t] for t in range(5)})) == 5, "nothing is left to do"
-    causal = Spy(window=6)
-    for what, model, options in [
-        ("keyframes for a causal model", causal, dict(keyframes={3: clip[:, 3]})),
-        ("a keyframe in the context", spy, dict(keyframes={0: clip[:, 0]})),
-        ("a keyframe beyond the end", spy, dict(keyframes={6: clip[:, 3]})),
-        ("a keyframe before the beginning", spy, dict(keyframes={-1: clip[:, 3]})),
-        ("a keyframe of bytes", spy, dict(keyframes={3: clip[:, 3].byte()})),
-        ("a keyframe of another size", spy, dict(keyframes={3: clip[:, 3, :, :4]})),
-        ("keyframes of two clips for one", spy, dict(keyframes={3: clip[0, 3:5]})),
-        ("a trapezoid for a causal model", causal, dict(matrix=df.scheduling_matrix("trapezoid", 5, 2))),
-    ]:
-        refused(what, df.rollout, model, options.pop("matrix", K), 6, clip[:, :1], **options)
+        told = call["actions"][0, :, 0].tolist()
+        first = call["state"] or 0
+        assert told == list(range(first, first + call["x"].shape[1])), "each frame has its own action"
 
 
-@pytest.mark.sampler
-@pytest.mark.parametrize("solver,order", [("euler", 1), ("multistep", 2)])
-def test_euler_is_of_first_order_and_multistep_of_second(solver, order):
-    """One Gaussian frame: the exact solution at sigma_min is x scaled by sqrt(sd^2 + sigma^2), in closed form."""
-    errors = []
-    for S in (64, 128):
-        model = JointGaussian(ar1(1))
-        model.config.sigma_min = 0.1
-        s, seen = df.karras_sigmas(S, model.config).double(), []
-        original = model.__class__.__call__
-
-        def spy(x, sigma, *args, **options):
-            seen.append((x.double().item(), sigma.item()))
-            return original(model, x, sigma, *args, **options)
-
-        list(df.rollout(spy, df.scheduling_matrix("full_sequence", 1, S), 1, torch.empty(1, 0, 1, 1, 1, dtype=torch.float64),
-                        config=model.config, solver=solver, generator=torch.Generator().manual_seed(0)))
-        start = seen[0][0]
-        end = next(x for x, sigma in reversed(seen) if abs(sigma - float(s[1])) < 1e-6)
-        exact = start * math.sqrt((0.25 + float(s[1]) ** 2) / (0.25 + float(s[S]) ** 2))
-        errors.append(abs(end - exact))
-    measured = math.log2(errors[0] / errors[1])
-    assert measured == pytest.approx(order, abs=0.35), f"{solver} is of order {measured:.2f}, not {order}"
+@pytest.mark.rollout
+@pytest.mark.parametrize("kind,u", KINDS)
+def test_actions_may_come_from_an_iterator(kind, u):
+    model, actions = random_denoiser(action_dim=2, window=4), torch.randn(2, 9, 2)
+    run = lambda actions, N: list(df.rollout(model, matrix(kind, 3, 4, u), N, torch.zeros(2, 2, 3, 8, 8),
+                                             actions=actions, generator=seed()))
+    tensor, one_by_one = run(actions, 9), run(iter(actions.unbind(1)), None)
+    assert len(one_by_one) == 9, "its end ends the rollout, after all frames that have an action"
+    assert all(map(torch.equal, tensor, one_by_one)), "an iterator gives the same frames as a tensor, bit for bit"
+    assert len(run(iter(actions.unbind(1)), 7)) == 7, "num_frames ends it before the actions do"
+    assert len(run(iter(actions[:, :1].unbind(1)), None)) == 1, "also within the context"
 
 
-def multistep_by_hand(x, sigmas, D):
-    """DPM-Solver++(2M), arXiv 2211.01095, Algorithm 2, with alpha = 1, so that lambda = -ln sigma; the last step first-order."""
-    lam, seen = [-math.log(s) if s else math.inf for s in sigmas], []
-    for i in range(1, len(sigmas)):
-        seen.append(D(x, sigmas[i - 1]))
-        h = lam[i] - lam[i - 1]
-        if i > 1 and sigmas[i]:
-            r = (lam[i - 1] - lam[i - 2]) / h
-            target = (1 + 1 / (2 * r)) * seen[-1] - 1 / (2 * r) * seen[-2]
-        else:
-            target = seen[-1]
-        x = sigmas[i] / sigmas[i - 1] * x - math.expm1(-h) * target
-    return x
-
-
-@pytest.mark.sampler
-@pytest.mark.parametrize("K", [df.scheduling_matrix("pyramid", 4, 5, 1.5), df.scheduling_matrix("autoregressive", 3, 5),
-                               torch.tensor([[5, 5], [4, 5], [2, 5], [2, 3], [1, 2], [1, 1], [0, 1], [0, 0]])])
-def test_multistep_keeps_the_last_step_of_every_frame_apart(K):
-    """Frames on different rows, levels held and skipped: each frame goes as it would alone."""
-    spy = Spy(lambda x, sigma: torch.tanh(x) / (1 + sigma[..., None, None, None]))  # of each frame by itself
-    nothing = torch.empty(1, 0, 3, 8, 8, dtype=torch.float64)
-    out = df.sample(spy, K, nothing, solver="multistep", generator=torch.Generator().manual_seed(0))
-    start = df.sample(Spy(lambda x, sigma: x), K, nothing, generator=torch.Generator().manual_seed(0))
-    s = df.karras_sigmas(5, spy.config).double()
-    for t in range(K.shape[1]):
-        levels = [int(k) for k in torch.unique_consecutive(K[:, t])]
-        alone = multistep_by_hand(start[:, t], [float(s[k]) for k in levels], lambda x, sigma: torch.tanh(x) / (1 + sigma))
-        assert torch.allclose(out[:, t], alone, rtol=1e-5), f"frame {t}: the last D and the last level must be its own"
-
-
-@pytest.mark.sampler
-def test_rollout_refuses_what_it_cannot_do():
-    spy, K = Spy(action_dim=2), df.scheduling_matrix("autoregressive", 2, 2)
-    clip = torch.zeros(1, 2, 3, 8, 8)
-    for what, wrong, options in [
-        ("a matrix upside down", K.flip(0), {}), ("a level that rises", torch.tensor([[2], [1], [2], [0]]), {}),
-        ("a frame cleaner than the one before it", K.flip(1), {}),
-        ("a matrix of nothing but zeros", K[-1:], {}), ("a matrix that does not end at 0", K[:-1], {}),
-        ("a matrix that does not begin at S", K[1:], {}),
-        ("a rollout of no frame", K, dict(num_frames=0)), ("an unknown solver", K, dict(solver="rk45")),
-        ("4 frames with 3 rows of actions", K, dict(actions=torch.zeros(1, 3, 2))),
-        ("1 number a frame where 2 are needed", K, dict(actions=torch.zeros(1, 4, 1))),
-        ("actions of two clips for one", K, dict(actions=torch.zeros(2, 4, 2))),
-        ("actions of one axis", K, dict(actions=torch.zeros(4))), ("no clip", K, dict(batch_size=0)),
-        ("an empty matrix", K[:0], {}), ("a matrix without a frame", K[:, :0], {}), ("a matrix of floats", K.float(), {}),
-        ("a matrix of one axis", K[0], {}), ("levels below 0", K - 1, {}),
-        ("a period of 0", K, dict(period=0)), ("an endless period", K, dict(period=math.inf)),
-        ("a period that makes a frame cleaner than one of the copy before", K, dict(period=1.9)),
-        ("context of another size", K, dict(context=clip[..., :4])), ("context of bytes", K, dict(context=clip.byte())),
-        ("context of one channel", K, dict(context=clip[:, :, :1])), ("2 frames after 2 of context, 1 in all", K,
-                                                                      dict(context=clip, num_frames=1)),
-    ]:
-        refused(what, df.rollout, spy, wrong, **(dict(num_frames=4) | options))
+@pytest.mark.rollout
+def test_what_cannot_work_is_refused_before_anything_is_computed():
+    spy, both, K = Spy(action_dim=2), Spy(action_dim=2, causal=False, window=4), matrix("autoregressive", 2, 2)
+    clip, long = torch.zeros(1, 2, 3, 8, 8), matrix("full_sequence", 5, 2)
+    rolls = lambda K=K, model=spy, num_frames=4, **options: (df.rollout, model, K, num_frames, options)
+    whole = lambda K=K, model=both, **options: (df.sample, model, K, options)
+    either = [
+        ("a matrix upside down", dict(K=K.flip(0))), ("a level that rises", dict(K=torch.tensor([[2], [1], [2], [0]]))),
+        ("a matrix of zeros", dict(K=K[-1:])), ("a matrix that does not end at 0", dict(K=K[:-1])),
+        ("a matrix that does not begin at S", dict(K=K[1:])), ("an empty matrix", dict(K=K[:0])),
+        ("a matrix without a frame", dict(K=K[:, :0])), ("a matrix of floats", dict(K=K.float())),
+        ("a matrix of one axis", dict(K=K[0])), ("levels below 0", dict(K=K - 1)), ("a solver", dict(solver="rk")),
+        ("1 number a frame where 2 are needed", dict(actions=torch.zeros(1, 4, 1))), ("no clip", dict(batch_size=0)),
+        ("actions of two clips", dict(actions=torch.zeros(2, 4, 2))), ("of one axis", dict(actions=torch.zeros(4))),
+        ("too few actions", dict(actions=torch.zeros(1, 1, 2))), ("context of bytes", dict(context=clip.byte())),
+        ("context of another size", dict(context=clip[..., :4])), ("of one channel", dict(context=clip[:, :, :1]))]
+    calls = [(what, call(**options)) for call in (rolls, whole) for what, options in either] + [
+        ("a frame cleaner than one before it", rolls(K.flip(1))), ("a trapezoid", rolls(matrix("trapezoid", 5, 2))),
+        ("a rollout of no frame", rolls(num_frames=0)), ("a period of 0", rolls(period=0)),
+        ("an endless period", rolls(period=math.inf)), ("copies that clash", rolls(period=1.9)),
+        ("2 frames after 2 of context, 1 in all", rolls(context=clip, num_frames=1)),
+        ("a bidirectional model, which has no state", rolls(model=both)), ("frames beyond the window", whole(long)),
+        ("context and frames beyond the window", whole(matrix("full_sequence", 3, 2), context=clip)),
+        ("keyframes for a causal model", whole(model=spy, keyframes={1: clip[:, 1]})),
+        ("a keyframe in the context", whole(context=clip, keyframes={0: clip[:, 0]})),
+        ("one beyond the end", whole(keyframes={2: clip[:, 0]})), ("before 0", whole(keyframes={-1: clip[:, 0]})),
+        ("one of bytes", whole(keyframes={1: clip[:, 0].byte()})), ("a size", whole(keyframes={1: clip[:, 0, :, :4]})),
+        ("keyframes of two clips for one", whole(keyframes={1: clip[0]}))]
+    for what, (function, *args, options) in calls:
+        refused(f"{function.__name__}: {what}", function, *args, **options)
     refused("actions for a model without", df.rollout, Spy(), K, 4, actions=torch.zeros(1, 4, 2))
     df.rollout(spy, K, 4, period=2)  # the last column starts in row 2: the next copy may start there, too
     df.rollout(spy, K, 4, actions=torch.zeros(1, 9, 2))  # more actions than frames are welcome
+    assert not spy.calls and not both.calls, "nothing is computed before the first frame is asked for"
 
 
-@pytest.mark.sampler
-def test_mistakes_are_told_before_the_first_frame_is_asked_for():
-    spy = Spy()
-    refused("an unknown solver", df.rollout, spy, df.scheduling_matrix("autoregressive", 1, 2), 4, solver="rk45")
-    df.rollout(spy, df.scheduling_matrix("autoregressive", 1, 2), 4)
-    assert not spy.calls, "and nothing is computed before it is asked for"
-
-
-# ---- 7. guidance ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.guidance
-@pytest.mark.parametrize("temporal", MIXERS)
-def test_guidance_of_weight_one_or_without_more_noise_changes_nothing(temporal):
-    model, K = random_denoiser(temporal=temporal), df.scheduling_matrix("pyramid", 1, 3)
-    go = lambda model: torch.stack(list(df.rollout(model, K, 6, torch.zeros(2, 1, 3, 8, 8), period=2,
-                                                   generator=torch.Generator().manual_seed(0))), 1)
-    plain = go(model)
-    assert torch.allclose(go(df.Guided(model, 1.0, 5.0)), plain, atol=1e-5), "weight 1: D_less + (D - D_less) = D"
-    for share in (0.5, 1.0):
-        assert torch.allclose(go(df.Guided(model, 3.0, share * model.config.context_noise)), plain, atol=1e-5), \
-            "noise up to context_noise: both see the same history"
-    assert not torch.allclose(go(df.Guided(model, 3.0, 5.0)), plain, atol=1e-2), "more noise and weight: something changes"
-
-
-@pytest.mark.guidance
-@pytest.mark.parametrize("noise,known", [(80.0, 0.771), (0.5, 0.655), (0.1, 0.512)])
-def test_guided_neighbours_are_as_much_alike_as_theory_says(noise, known):
-    """Two Gaussian frames, correlation .5, weight 2: the sampling equation is linear, and is solved here step by step."""
-    phi, weight, v = 0.5, 2.0, 0.25
-    less = phi * v / (v + noise**2)  # E[frame 1 | noisy frame 0] = less * (frame 0 + noise * eps)
-    sure, unsure = v * (1 - phi**2), v - less**2 * (v + noise**2)  # what stays unknown of frame 1
-    S, (high, low) = 20000, (80.0, 0.002)
-    x = np.array([high, 0, 0])  # frame 1 is a mix of its first noise, of frame 0, and of eps
-    guess, guess_less = np.array([0, phi, 0]), np.array([0, less, less * noise])
-    for sigma in np.geomspace(high, low, S):
-        D = guess + sure / (sure + sigma**2) * (x - guess)
-        D_less = guess_less + unsure / (unsure + sigma**2) * (x - guess_less)
-        x = x + np.log(low / high) / (S - 1) * (x - (D_less + weight * (D - D_less)))
-    theory = x[1] * v / math.sqrt(v * (x[0] ** 2 + x[1] ** 2 * v + x[2] ** 2))
-    assert theory == pytest.approx(known, abs=0.003), "the oracle itself"
-    model = df.Guided(JointGaussian(ar1(2, phi)), weight, noise, torch.Generator().manual_seed(1))
-    first = math.sqrt(v) * torch.randn(8000, 1, 1, 1, 1, generator=torch.Generator().manual_seed(2))
-    clips = df.sample(model, df.scheduling_matrix("autoregressive", 1, 64), first,
-                      generator=torch.Generator().manual_seed(0)).flatten(1)
-    assert torch.corrcoef(clips.T)[0, 1].item() == pytest.approx(theory, abs=0.025), \
-        "D_less + weight (D - D_less), with noise^2 - context_noise^2 added to the history, in the unit of Config"
-
-
-@pytest.mark.guidance
-@pytest.mark.parametrize("temporal", MIXERS)
-def test_twice_the_clips_equal_two_calls_with_two_states(temporal):
-    model, seed = random_denoiser(temporal=temporal, action_dim=2), lambda: torch.Generator().manual_seed(0)
-    guided, noise = df.Guided(model, 2.5, 1.0, seed()), model.config.in_frame_units(1.0)
-    pair, states, generator = None, [None, None], seed()
-    for T, commit in ((3, 2), (2, 0), (3, None)):  # some frames enter the state, none, all
-        x, actions = torch.randn(2, T, 3, 8, 8), torch.randn(2, T, 2)
-        sigma = torch.full((2, T), 0.05)
-        sigma[:, T if commit is None else commit :] = 2.0  # more noise than that of the guidance
-        D, pair = guided(x, sigma, pair, actions=actions, commit=commit)
-        n = T if commit is None else commit
-        hazy, label = x.clone(), sigma.clone()
-        hazy[:, :n] += math.sqrt(noise**2 - 0.05**2) * torch.randn(2, n, 3, 8, 8, generator=generator)
-        label[:, :n] = noise
-        (full, states[0]), (less, states[1]) = (model(*given, state, actions=actions, commit=commit) for given, state in
-                                                zip(((x, sigma), (hazy, label)), states))
-        assert torch.allclose(D, less + 2.5 * (full - less), atol=1e-4), "one call for 2B clips: as they are, and less known"
-    both = [torch.cat(parts) for parts in zip(flat(states[0]), flat(states[1]))]
-    kept = flat(pair)
-    assert len(kept) == len(both) and all(a.shape == b.shape for a, b in zip(kept, both)), "the state is that of 2B clips"
-
-
-@pytest.mark.guidance
-def test_the_weaker_half_sees_more_noise_in_history_frames_only():
-    spy = Spy(lambda x, sigma: 0.9 * x, height=32, width=32)
-    context, told = torch.randn(2, 3, 3, 32, 32), 0.7 * units(spy.config)
-    go = lambda model: list(df.rollout(model, df.scheduling_matrix("pyramid", 1, 4), 7, context, period=2,
-                                       generator=torch.Generator().manual_seed(0)))
-    go(df.Guided(spy, 2.0, 0.7, torch.Generator().manual_seed(1)))
-    before, seen = spy.config.context_noise * units(spy.config), []
-    for call in spy.calls:
-        (x, less), (sigma, label), n = call["x"].chunk(2), call["sigma"].chunk(2), call["commit"]
-        assert torch.equal(less[:, n:], x[:, n:]) and torch.equal(label[:, n:], sigma[:, n:]), "only history gets more noise"
-        assert label[:, :n].flatten().tolist() == pytest.approx([told] * 2 * n), "the label is the noise"
-        seen += (less - x)[:, :n].unbind(1)
-    added = math.sqrt(told**2 - before**2)
-    assert len(seen) == 6 and all(e.std().item() == pytest.approx(added, rel=0.05) for e in seen), \
-        "3 frames of context and 3 finished ones, each once: variances add up to that of the label"
-    assert all(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.1
-               for a, b in itertools.combinations([e[i] for e in seen for i in range(2)], 2)), "each has noise of its own"
-    plain = Spy(lambda x, sigma: 0.9 * x, height=32, width=32)
-    go(plain)
-    assert all(torch.equal(a["x"].chunk(2)[0], b["x"]) for a, b in zip(spy.calls, plain.calls)), \
-        "this noise is from a generator of its own: all other noise stays the same"
-    other = Spy(lambda x, sigma: 0.9 * x, height=32, width=32)
-    go(df.Guided(other, 2.0, 0.7, torch.Generator().manual_seed(1)))
-    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(spy.calls, other.calls)), "the same generator, the same noise"
-
-
-@pytest.mark.guidance
-def test_a_two_way_model_has_no_history_to_guide_by():
-    refused("history guidance of a two-way model", df.Guided, Spy(causal=False), 2.0, 0.5)
-
-
-# ---- 8. the denoiser: causal, streaming -----------------------------------------------------------------------------
+# ---- 8. the denoiser ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.causality
@@ -1197,7 +751,7 @@ def test_no_output_depends_on_a_later_frame(temporal, through):
         grad = torch.autograd.grad(out[:, i].square().sum(), {"x": x, "sigma": sigma}[through], retain_graph=True)[0]
         grad = grad.flatten(2).abs().amax((0, 2)) if through == "x" else grad.abs().amax(0)
         assert grad[i] > 0, f"frame {i} does not even depend on itself through {through}"
-        assert (grad[i + 1 :] == 0).all(), f"output {i} sees the future through {through}: a norm or convolution over time?"
+        assert (grad[i + 1 :] == 0).all(), f"output {i} sees the future through {through}: a norm over time?"
         if i > 0:
             assert grad[i - 1] > 0, f"output {i} does not depend on the frame before it: nothing mixes along time"
 
@@ -1212,108 +766,47 @@ def test_clips_of_a_batch_do_not_meet():
             "a clip depends on its neighbours in the batch: axes of a reshape mixed up?"
 
 
-@pytest.mark.causality
+@pytest.mark.actions
 def test_an_action_changes_its_own_clip_from_its_frame_on():
     model, x, sigma = random_denoiser(action_dim=2), torch.randn(2, 3, 3, 8, 8), torch.ones(2, 3)
-    none = torch.zeros(2, 3, 2)
-    one = none.clone()
+    none, one = torch.zeros(2, 2, 3, 2)
     one[1, 1] = 1
     still, moved = model(x, sigma, actions=none)[0], model(x, sigma, actions=one)[0]
-    assert torch.allclose(model(x, sigma)[0], still), "no actions are zeros"
     changed = ((moved - still).abs().amax((2, 3, 4)) > 1e-5).tolist()
     assert changed == [[False, False, False], [False, True, True]], "actions ignored, or given to another clip or frame"
 
 
-@pytest.mark.causality
-def test_the_network_can_tell_noise_levels_apart():
-    model, x = random_denoiser(), torch.randn(1, 1, 3, 8, 8)
-    a, b, c = (model.network(x, torch.full((1, 1), label), None, None, None, False)[0] for label in (-1.0, -0.9, 1.0))
-    assert not torch.allclose(a, c, atol=1e-3), "F ignores c_noise: does its embedding reach the blocks?"
-    assert not torch.allclose(a, b, atol=1e-4), "F cannot tell near levels apart: frequencies too low"
+@pytest.mark.actions
+def test_a_row_of_nan_is_unknown_and_so_is_no_action_at_all():
+    model, x, sigma = random_denoiser(action_dim=2), torch.randn(2, 3, 3, 8, 8), torch.ones(2, 3)
+    actions, nan = torch.randn(2, 3, 2), float("nan")
+    unknown, _ = model(x, sigma)
+    assert torch.equal(model(x, sigma, actions=torch.full((2, 3, 2), nan))[0], unknown), "None: all rows are unknown"
+    assert not torch.allclose(model(x, sigma, actions=torch.zeros(2, 3, 2))[0], unknown), "zeros are not unknown"
+    partly = actions.clone()
+    partly[0, 1, 0] = nan
+    out, known = model(x, sigma, actions=partly)[0], model(x, sigma, actions=actions)[0]
+    changed = ((out - known).abs().amax((2, 3, 4)) > 1e-5).tolist()
+    assert changed == [[False, True, True], [False] * 3], "one row is unknown, and the others are known"
+    partly[0, 1, 1] = 7
+    assert torch.equal(model(x, sigma, actions=partly)[0], out), "a row with one NaN is unknown as a whole"
+    out.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()), "NaN in a gradient"
 
 
-@pytest.mark.causality
-def test_frames_meet_at_the_same_location_only():
-    block, x = df.Block(8, 8, 8, tiny()), torch.randn(2, 8, 3, 5, requires_grad=True)
-    torch.nn.init.normal_(block.mixer.out.weight)
-    block.spatial.forward = lambda x, emb: x
-    out, _ = block(x, None, 1, None, None, False)
-    seen = torch.autograd.grad(out[1, :, 1, 3].sum(), x)[0][0].abs().sum(0) > 0
-    assert seen.nonzero().tolist() == [[1, 3]], "frame 1 sees frame 0 elsewhere: the axes of permute and reshape?"
-
-
-@pytest.mark.causality
-def test_branches_begin_as_no_change():
-    block, res, x = df.Block(8, 8, 8, tiny()), df.ResBlock(8, 8, 8), torch.randn(2, 8, 4, 4)
-    assert torch.equal(res(x, torch.randn(2, 8)), x), "a new ResBlock changes nothing: skip lost, or no zero layer?"
-    block.spatial.forward = lambda x, emb: x
-    assert torch.equal(block(x, None, 1, None, None, False)[0], x), "a new mixer changes nothing: residual lost?"
-
-
-@pytest.mark.causality
-def test_skips_reach_the_decoder():
-    model, seen = random_denoiser(), []
-    model.encoder[0].register_forward_hook(lambda module, x, out: seen.append(out[0]))
-    model.decoder[0].register_forward_pre_hook(lambda module, x: seen.append(x[0]))
-    model(torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1))
-    assert torch.equal(seen[1][:, 8:], seen[0]), "the decoder gets what came up from below, and its level's skip"
-
-
-@pytest.mark.causality
-def test_a_network_may_have_four_resolutions():
-    model, x = random_denoiser(height=16, width=16, dim_mults=(1, 2, 3, 4)), torch.randn(1, 2, 3, 16, 16)
-    assert model(x, torch.ones(1, 2))[0].shape == x.shape, "each layer of up belongs to its own level: the preset base has four"
-
-
-@pytest.mark.causality
-def test_a_noise_level_is_sines_and_cosines_of_its_label():
-    m, seen, c_noise = Denoiser(tiny()), [], torch.tensor([[0.0, 0.70, 0.71]])
-    m.embed_noise.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
-    m(torch.zeros(1, 3, 3, 8, 8), m.config.sigma_data * (4 * c_noise).exp())
-    none, a, b = seen[0].unflatten(-1, (2, -1))
-    assert torch.allclose(none, torch.tensor([[1.0], [0.0]]).expand(2, 8), atol=1e-5), "cosines, then sines"
-    assert torch.allclose(a.square().sum(0), torch.ones(8)), "each frequency has its cosine and its sine"
-    assert (a - b).abs().max() < 0.5, "near levels look unrelated: frequencies too high"
-    ends = [float(m.frequency[i]) for i in (0, -1)]
-    assert ends == pytest.approx([10**-0.5, 10**1.5], rel=1e-3), "every checkpoint was trained with these frequencies"
-
-
-@pytest.mark.causality
-def test_res_block_by_its_formula():
-    m, x, emb = df.ResBlock(8, 16, 4), torch.randn(2, 8, 3, 3), torch.randn(2, 4)
-    torch.nn.init.normal_(m.conv2.weight)
-    scale, shift = m.scale_shift(emb)[..., None, None].chunk(2, 1)
-    h = m.norm2(m.conv1(F.silu(m.norm1(x)))) * (1 + scale) + shift
-    assert torch.allclose(m(x, emb), m.skip(x) + m.conv2(F.silu(h)), atol=1e-4), \
-        "skip + conv(silu((1 + scale) norm(conv(silu(norm x))) + shift))"
-
-
-@pytest.mark.causality
-def test_the_mixer_gets_normalised_features():
-    block, seen = df.Block(8, 8, 8, tiny()), []
-    block.spatial.forward = lambda x, emb: x
-    block.mixer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    block(5 + 3 * torch.randn(2, 8, 3, 5), None, 1, None, None, False)
-    assert seen[0].mean(-1).abs().max() < 1e-3, "the mixer gets LayerNorm(h): attention saturates as h grows"
-
-
-@pytest.mark.causality
-def test_spatial_attention_by_its_formula():
-    m, x = df.SpatialAttention(16, 8), torch.randn(2, 16, 2, 3)
-    torch.nn.init.normal_(m.out.weight)
-    q, k, v = m.qkv(m.norm(x)).flatten(2).view(2, 3, 2, 8, 6).unbind(1)  # (N,heads,d,hw) each
-    share = (torch.einsum("nhdi,nhdj->nhij", q, k) / 8**0.5).softmax(-1)
-    y = torch.einsum("nhij,nhdj->nhdi", share, v).reshape(2, 16, 2, 3)
-    assert torch.allclose(m(x), x + m.out(y), atol=1e-5), "x + softmax(q k / sqrt(d)) v, over locations, head by head"
-    assert random_denoiser().middle.attend is not None, "the lowest level has spatial attention"
+@pytest.mark.actions
+def test_actions_are_measured_in_units_of_their_size():
+    plain, scaled = random_denoiser(action_dim=2), random_denoiser(action_dim=2, action_scale=(20.0, 0.5))
+    x, sigma, actions = torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2), torch.randn(1, 2, 2)
+    same = scaled(x, sigma, actions=actions * torch.tensor([20.0, 0.5]))[0]
+    assert torch.allclose(plain(x, sigma, actions=actions)[0], same, atol=1e-5), "actions / action_scale"
 
 
 @pytest.mark.streaming
 @pytest.mark.parametrize("temporal", MIXERS)
-@pytest.mark.parametrize("chunks", [(16,), (5, 1, 10), (1,) * 16, (2, 14)])
+@pytest.mark.parametrize("chunks", [(5, 1, 10), (1,) * 16, (2, 14)])
 def test_streaming_equals_parallel_past_the_window(temporal, chunks):
     model = random_denoiser(temporal=temporal, action_dim=2)
-    torch.manual_seed(3)
     x, sigma, actions = torch.randn(2, 16, 3, 8, 8), torch.rand(2, 16) + 0.1, torch.randn(2, 16, 2)
     parallel, end = model(x, sigma, actions=actions)
     outputs, state, t = [], None, 0
@@ -1325,10 +818,6 @@ def test_streaming_equals_parallel_past_the_window(temporal, chunks):
         assert torch.allclose(a, b, atol=1e-5), "the state after the chunks differs from that after one call"
 
 
-def flat(state):
-    return [t for s in state for t in (s if isinstance(s, tuple) else (s,))]
-
-
 @pytest.mark.streaming
 @pytest.mark.parametrize("temporal", MIXERS)
 @pytest.mark.parametrize("before", [0, 2, 7])
@@ -1336,6 +825,7 @@ def test_state_after_commit_is_that_of_a_clean_pass(temporal, before):
     model = random_denoiser(temporal=temporal)
     x, sigma = torch.randn(2, before + 5, 3, 8, 8), torch.rand(2, before + 5) + 0.1
     state = model(x[:, :before], sigma[:, :before])[1] if before else None
+    assert model(x[:, before:], sigma[:, before:], state, commit=0)[1] is state, "commit=0: the same state"
     for n in range(1, 4):
         _, committed = model(x[:, before:], sigma[:, before:], state, commit=n)
         _, clean = model(x[:, : before + n], sigma[:, : before + n])
@@ -1346,27 +836,112 @@ def test_state_after_commit_is_that_of_a_clean_pass(temporal, before):
 
 @pytest.mark.streaming
 @pytest.mark.parametrize("temporal", MIXERS)
-def test_commit_zero_leaves_the_state_alone(temporal):
-    model, x, sigma = random_denoiser(temporal=temporal), torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
-    assert model(x, sigma, None, commit=0)[1] is None, "None comes back as None"
-    _, state = model(x, sigma)
-    assert model(x, sigma, state, commit=0)[1] is state, "the state comes back as it was"
-
-
-@pytest.mark.streaming
-@pytest.mark.parametrize("temporal", MIXERS)
 def test_the_state_stops_growing(temporal):
-    model, sizes, state = random_denoiser(temporal=temporal, window=4), {}, None
+    model, state = random_denoiser(temporal=temporal, window=4), None
     with torch.no_grad():
-        for t in range(60):
+        for t in range(12):
             _, state = model(torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1), state)
-            sizes[t] = sum(s.untyped_storage().nbytes() for s in flat(state))
     _, long = model(torch.randn(1, 50, 3, 8, 8), torch.ones(1, 50))
-    assert sizes[59] == sum(s.numel() * 4 for s in flat(long)), "window - 1 keys and values, or one hidden state; no more"
-    assert all(s.untyped_storage().nbytes() == s.numel() * 4 for s in flat(long)), "a view keeps all 50 frames alive"
+    assert [s.shape for s in flat(state)] == [s.shape for s in flat(long)], "the state has grown"
+    assert all(s.untyped_storage().nbytes() == s.numel() * 4 for s in flat(long)), "a view keeps all frames alive"
     if temporal == "attention":
         assert {s.shape[2] for s in flat(long)} == {3}, "window 4: the frame itself and three before it"
-    assert sizes[59] == sizes[10], "the state grows with the length of the rollout (a view keeps its whole storage)"
+
+
+@pytest.mark.teacher
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_teacher_forcing_is_T_calls_with_the_clean_past_committed(temporal):
+    model = random_denoiser(temporal=temporal, action_dim=2)
+    past, noisy = torch.randn(2, 2, 6, 3, 8, 8)
+    past_sigma, sigma, actions = torch.full((2, 6), 0.01), torch.rand(2, 6) + 0.1, torch.randn(2, 6, 2)
+    together, end = model(noisy, sigma, actions=actions, history=(past, past_sigma))
+    state = None
+    for t in range(6):
+        now = slice(t, t + 1)
+        alone, _ = model(noisy[:, now], sigma[:, now], state, actions=actions[:, now], commit=0)
+        assert torch.allclose(together[:, t], alone[:, 0], atol=1e-5), \
+            f"noisy frame {t} differs from a call of its own: mask, position, action, or a layer that mixes frames?"
+        _, state = model(past[:, now], past_sigma[:, now], state, actions=actions[:, now])
+    for a, b in zip(flat(end), flat(state)):
+        assert torch.allclose(a, b, atol=1e-5), "the state never holds a noisy frame"
+
+
+@pytest.mark.causality
+def test_what_does_not_fit_is_refused():
+    model, x, sigma = random_denoiser(action_dim=2), torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
+    for what, args, options in (
+            ("one channel, not three", (x[:, :, :1], sigma), {}), ("another size", (x[..., :4], sigma), {}),
+            ("one sigma for two frames", (x, sigma[:, :1]), {}), ("a sigma of 0", (x, torch.tensor([[1.0, 0.0]])), {}),
+            ("a sigma below 0", (x, -sigma), {}), ("3 numbers, not 2", (x, sigma), dict(actions=torch.ones(1, 2, 3))),
+            ("1 row for 2 frames", (x, sigma), dict(actions=torch.ones(1, 1, 2))),
+            ("3 of 2 frames enter the state", (x, sigma), dict(commit=3)), ("-1 of them", (x, sigma), dict(commit=-1))):
+        refused(what, model, *args, **options)
+        if not options:
+            refused(f"loss: {what}", df.diffusion_forcing_loss, model, args[0], model.config, sigma=args[1])
+    refused("actions for a model without", random_denoiser(), x, sigma, actions=torch.ones(1, 2, 2))
+    model(x, sigma, commit=2)  # both may
+
+
+@pytest.mark.network
+def test_a_sigma_is_sines_and_cosines_of_its_logarithm():
+    model, seen, c_noise = random_denoiser(), [], torch.tensor([[0.0, 0.70, 0.71]])
+    model.embed_noise.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    near, _ = model(torch.zeros(1, 3, 3, 8, 8), model.config.sigma_data * (4 * c_noise).exp())
+    none, a, b = seen[0].unflatten(-1, (2, -1))
+    assert torch.allclose(none, torch.tensor([[1.0], [0.0]]).expand(2, 8), atol=1e-5), "cosines, then sines"
+    assert torch.allclose(a.square().sum(0), torch.ones(8)), "each frequency has its cosine and its sine"
+    assert (a - b).abs().max() < 0.5, "near levels look unrelated: frequencies too high"
+    ends = [float(model.frequency[i]) for i in (0, -1)]
+    assert ends == pytest.approx([10**-0.5, 10**1.5], rel=1e-3), "every checkpoint was trained with these frequencies"
+    x = torch.randn(1, 1, 3, 8, 8)
+    out = [model.network(x, torch.full((1, 1), label), None, None, 0, False)[0] for label in (-1.0, -0.9, 1.0)]
+    assert not torch.allclose(out[0], out[2], atol=1e-3), "the network ignores sigma: does it reach the blocks?"
+    assert not torch.allclose(out[0], out[1], atol=1e-4), "it cannot tell near levels apart: frequencies too low"
+
+
+@pytest.mark.network
+def test_frames_meet_at_the_same_place_only():
+    model, x = random_denoiser(), torch.randn(2, 8, 3, 5, requires_grad=True)
+    block = model.encoder[0]
+    block.spatial.forward = lambda x, emb: x
+    out, _ = block(x, None, 1, None, 0, block.mixer.pattern(2, None, False, x.device))
+    seen = torch.autograd.grad(out[1, :, 1, 3].sum(), x)[0][0].abs().sum(0) > 0
+    assert seen.nonzero().tolist() == [[1, 3]], "frame 1 sees frame 0 elsewhere: the axes of permute and reshape?"
+
+
+@pytest.mark.network
+def test_the_mixer_gets_normalised_features_and_begins_as_no_change():
+    block, seen, x = df.Block(8, 8, 8, tiny()), [], 5 + 3 * torch.randn(2, 8, 3, 5)
+    block.spatial.forward = lambda x, emb: x
+    block.mixer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    out, _ = block(x, None, 1, None, 0, block.mixer.pattern(2, None, False, x.device))
+    assert torch.equal(out, x), "a new mixer changes nothing: residual lost, or no zero layer?"
+    assert seen[0].mean(-1).abs().max() < 1e-3, "the mixer gets LayerNorm(h): attention saturates as h grows"
+
+
+@pytest.mark.network
+def test_all_blocks_share_one_pattern_of_time(monkeypatch):
+    calls, real = [], TemporalAttention.pattern
+    monkeypatch.setattr(TemporalAttention, "pattern", lambda *args: calls.append(args[2:]) or real(*args))
+    model, x, sigma = random_denoiser(), torch.randn(1, 2, 3, 8, 8), torch.ones(1, 2)
+    _, state = model(x, sigma)
+    model(x, sigma, state)
+    assert len(calls) == 2, "mask and rotation are made once for each call, not in every block"
+
+
+@pytest.mark.network
+def test_skips_reach_the_decoder():
+    model, seen = random_denoiser(), []
+    model.encoder[0].register_forward_hook(lambda module, x, out: seen.append(out[0]))
+    model.decoder[0].register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    model(torch.randn(1, 1, 3, 8, 8), torch.ones(1, 1))
+    assert torch.equal(seen[1][:, 8:], seen[0]), "the decoder gets what came up from below, and its level's skip"
+
+
+@pytest.mark.network
+def test_a_network_may_have_four_resolutions():
+    model, x = random_denoiser(height=16, width=16, dim_mults=(1, 2, 3, 4)), torch.randn(1, 2, 3, 16, 16)
+    assert model(x, torch.ones(1, 2))[0].shape == x.shape, "each layer of up belongs to its own level"
 
 
 # ---- 9. temporal mixers ---------------------------------------------------------------------------------------------
@@ -1374,9 +949,15 @@ def test_the_state_stops_growing(temporal):
 
 def mixer(kind, **options):
     torch.manual_seed(0)
-    m = TemporalAttention(16, 8, **({"window": 4} | options)) if kind == "attention" else TemporalGRU(16)
+    m = df.MIXERS[kind](16, tiny(dim=16, temporal=kind, **({"window": 4} | options)))
     torch.nn.init.normal_(m.out.weight, std=0.3)
     return m
+
+
+def mix(m, x, state=None, commit=None, two_streams=False):
+    """One call of a mixer by itself, as the network makes it."""
+    commit = x.shape[1] if commit is None else commit
+    return m(x, state, commit, m.pattern(x.shape[1], state, two_streams, x.device))
 
 
 @pytest.mark.attention
@@ -1384,7 +965,7 @@ def mixer(kind, **options):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_frame_sees_the_last_window_frames(window, causal):
     m, x = mixer("attention", window=window, causal=causal), torch.randn(1, 9, 16, requires_grad=True)
-    out, _ = m(x)
+    out, _ = mix(m, x)
     for i in range(9):
         seen = torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)[0][0].abs().amax(-1) > 0
         expected = [i - j < window and (j <= i or not causal and j - i < window) for j in range(9)]
@@ -1392,82 +973,69 @@ def test_a_frame_sees_the_last_window_frames(window, causal):
 
 
 @pytest.mark.attention
-def test_each_stream_sees_the_clean_frames_it_may():
+def test_each_stream_sees_the_history_that_it_may():
     m, T, window = mixer("attention", window=3), 6, 3
     x = torch.randn(1, 2 * T, 16, requires_grad=True)
-    out, _ = m(x, two_streams=True)
+    out, _ = mix(m, x, commit=0, two_streams=True)
     for i in range(2 * T):
         seen = torch.autograd.grad(out[0, i].sum(), x, retain_graph=True)[0][0].abs().amax(-1) > 0
-        clean = [(j <= i if i < T else j < i - T) and (i % T) - j < window for j in range(T)]
+        history = [(j <= i if i < T else j < i - T) and (i % T) - j < window for j in range(T)]
         noisy = [j + T == i for j in range(T)]
-        assert seen.tolist() == clean + noisy, f"position {i}: clean sees clean <= i, noisy i sees clean < i and itself"
-
-
-def turned(x, position):
-    return df.rotary(x, *df.rotation(position, x.shape[-1]))
-
-
-@pytest.mark.attention
-def test_rotary_depends_on_distance_alone():
-    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
-    score = lambda i, j: (turned(q, torch.tensor([i])) * turned(k, torch.tensor([j]))).sum()
-    assert torch.allclose(score(3, 1), score(9, 7), atol=1e-5), "rotary scores depend on i - j alone"
-    assert not torch.allclose(score(3, 1), score(3, 2)), "and they do depend on it"
-
-
-@pytest.mark.attention
-def test_rotary_keeps_the_type_and_its_angles_are_float32():
-    x, (cos, sin) = torch.ones(1, 1, 1, 8), df.rotation(torch.tensor([31]), 8)
-    assert cos.dtype == sin.dtype == torch.float32, "in bfloat16 an angle of 48.7 is 48.75"
-    half = df.rotary(x.bfloat16(), cos, sin)
-    assert half.dtype == torch.bfloat16, "attention gets back the type that it gave"
-    assert torch.allclose(df.rotary(x, cos, sin), half.float(), atol=0.02)
-
-
-@pytest.mark.attention
-def test_rotary_turns_the_first_pair_fast_and_the_last_slowly():
-    x = torch.zeros(1, 1, 1, 8)
-    x[..., :4] = 1
-    y = turned(x, torch.tensor([1]))[0, 0, 0]
-    expected = [math.pi / 2 * 1000 ** (-i / 4) for i in range(4)]
-    assert torch.atan2(y[4:], y[:4]).tolist() == pytest.approx(expected, rel=1e-3), "pair i: pi/2 1000^(-i/half) a frame"
+        assert seen.tolist() == history + noisy, f"position {i}: history sees history, noisy i history < i and itself"
 
 
 @pytest.mark.attention
 def test_attention_by_its_formula():
-    m, x, t = mixer("attention"), torch.randn(1, 4, 16), torch.arange(4)
+    """Pair i of channels (i, i + d/2) turns by pi/2 1000^(-i / (d/2)) a frame; then softmax(q k / sqrt(d)) v."""
+    m, x = mixer("attention"), torch.randn(1, 4, 16)
     q, k, v = m.qkv(x).view(1, 4, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (1,heads,T,d) each
-    score = turned(q, t) @ turned(k, t).transpose(2, 3) / 8**0.5
-    y = score.masked_fill(t[:, None] < t, -math.inf).softmax(-1) @ v
-    assert torch.allclose(m(x)[0], m.out(y.transpose(1, 2).reshape(1, 4, 16)), atol=1e-5), "softmax(q k / sqrt(d)) v"
+    score = torch.full((1, 2, 4, 4), -math.inf)
+    for i, j in itertools.product(range(4), repeat=2):
+        if j <= i:
+            angle = (i - j) * math.pi / 2 * 1000 ** (-torch.arange(4) / 4)
+            a, b, c, d = *q[:, :, i].chunk(2, -1), *k[:, :, j].chunk(2, -1)
+            score[:, :, i, j] = ((a * c + b * d) * angle.cos() + (a * d - b * c) * angle.sin()).sum(-1) / 8**0.5
+    y = score.softmax(-1) @ v
+    expected = m.out(y.transpose(1, 2).reshape(1, 4, 16))
+    assert torch.allclose(mix(m, x)[0], expected, atol=1e-5), "softmax(q k / sqrt(d)) v, with q and k turned"
+
+
+@pytest.mark.attention
+def test_rotation_is_in_float32_and_keeps_the_type():
+    m, x = mixer("attention"), torch.ones(1, 1, 32, 8)
+    sees, cos, sin = m.pattern(32, None, False, x.device)
+    assert cos.dtype == sin.dtype == torch.float32, "in bfloat16 an angle of 48.7 is 48.75"
+    half = df.rotary(x.bfloat16(), cos, sin)
+    assert half.dtype == torch.bfloat16, "attention gets back the type that it gave"
+    assert torch.allclose(df.rotary(x, cos, sin), half.float(), atol=0.02), "and the same turn"
 
 
 @pytest.mark.attention
 def test_a_head_can_look_back_whatever_the_frames_show():
     m, x = mixer("attention"), torch.randn(1, 4, 16, requires_grad=True)
     m.qkv.weight.data[:32] = 0  # now q and k are their bias alone
-    grad = torch.autograd.grad(m(x)[0][0, 3].sum(), x)[0][0]
-    assert (grad[0] - grad[3]).abs().max() > 1e-4, "q and k have a bias: turned, it tells frames apart by their distance"
+    grad = torch.autograd.grad(mix(m, x)[0][0, 3].sum(), x)[0][0]
+    assert (grad[0] - grad[3]).abs().max() > 1e-4, "q and k have a bias, which tells frames apart once it is turned"
 
 
 @pytest.mark.attention
 def test_two_thousand_frames_on_nothing_has_shifted():
     m, x = mixer("attention"), torch.randn(1, 2004, 16)
     with torch.no_grad():
-        state, at_once = None, m(x[:, -4:])[0][:, -1]
+        state, at_once = None, mix(m, x[:, -4:])[0][:, -1]
         for t in range(0, 2004, 4):
-            out, state = m(x[:, t : t + 4], state)
+            out, state = mix(m, x[:, t : t + 4], state)
     assert torch.allclose(out[:, -1], at_once, atol=1e-6), "positions grow with the rollout: count from the oldest key"
 
 
 @pytest.mark.attention
-def test_batches_beyond_65535_sequences_are_split(monkeypatch):
+def test_attention_splits_more_than_65535_sequences(monkeypatch):
     sizes, real = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **o: sizes.append(len(q)) or real(q, *a, **o))
     m, x = mixer("attention"), torch.randn(66_000, 1, 16)
-    out, _ = m(x)
-    assert max(sizes) <= 65_535, "CUDA's attention kernels take at most 65,535 sequences a call"
-    assert torch.allclose(out[-1:], m(x[-1:])[0], atol=1e-6), "the parts are put together in order"
+    out, _ = mix(m, x)
+    assert max(sizes) <= 65_535, "CUDA's kernels take at most 65,535 sequences a call"
+    assert torch.allclose(out[-1:], mix(m, x[-1:])[0], atol=1e-6), "the parts are put together in order"
 
 
 @pytest.mark.gru
@@ -1478,39 +1046,46 @@ def test_gru_against_its_equations():
         gi, gh = x[:, t] @ m.gru.weight_ih_l0.T + m.gru.bias_ih_l0, h @ m.gru.weight_hh_l0.T + m.gru.bias_hh_l0
         r, z = (gi[:, :32] + gh[:, :32]).sigmoid().chunk(2, 1)
         h = (1 - z) * (gi[:, 32:] + r * gh[:, 32:]).tanh() + z * h
-        assert torch.allclose(m(x)[0][:, t], m.out(h), atol=1e-5), f"frame {t} comes from the state after frame {t}"
-    assert torch.allclose(m(x)[1], h, atol=1e-5), "the state is the last hidden state"
+        assert torch.allclose(mix(m, x)[0][:, t], m.out(h), atol=1e-5), f"frame {t} comes from the state after it"
+    assert torch.allclose(flat([mix(m, x)[1]])[0], h, atol=1e-5), "the state is the last hidden state"
 
 
 @pytest.mark.gru
-def test_gru_two_streams_step_from_the_state_before():
-    m, clean, noisy = mixer("gru"), torch.randn(2, 4, 16), torch.randn(2, 4, 16)
-    out, _ = m(torch.cat([clean, noisy], 1), two_streams=True)
-    state = None
-    for t in range(4):
-        assert torch.allclose(out[:, 4 + t], m(noisy[:, t : t + 1], state)[0][:, 0], atol=1e-5), "one step, clean past"
-        expected, state = m(clean[:, t : t + 1], state)
-        assert torch.allclose(out[:, t], expected[:, 0], atol=1e-5), "the clean stream never sees the noisy one"
+@pytest.mark.parametrize("two_streams", [False, True])
+def test_a_gru_splits_more_than_65535_sequences(two_streams):
+    m, sizes = mixer("gru"), []
+    m.gru.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    x, state = torch.randn(33_000 if two_streams else 66_000, 4 if two_streams else 1, 16), torch.randn(66_000, 16)
+    run = lambda rows: mix(m, x[rows], None if two_streams else state[rows], 0, two_streams)[0]
+    out = run(slice(None))
+    assert max(sizes) <= 65_535, "CUDA's kernels take at most 65,535 sequences a call; each noisy frame is one"
+    assert torch.allclose(out[-1:], run(slice(-1, None)), atol=1e-5), "the parts are put together in order"
 
 
-@pytest.mark.checkpoint
-@pytest.mark.parametrize("wrong", [dict(height=30), dict(dim=12, head_dim=8), dict(temporal="lstm"), dict(context_noise=0.0),
-                                   dict(sigma_min=90.0), dict(causal=False, temporal="gru"), dict(data_mean=(0.0,)),
-                                   dict(width=30), dict(dim=24, head_dim=3), dict(window=0), dict(sigma_data=0.0),
-                                   dict(sigma_min=0.0), dict(action_dim=1, action_scale=(0.0,)), dict(rho=0.0),
-                                   dict(P_std=-1.0), dict(sigma_data=math.nan), dict(dim_mults=()), dict(dim_mults=(0,)),
-                                   dict(height=0), dict(width=0), dict(channels=0, data_mean=()), dict(clip_frames=0), dict(patch=0),
-                                   dict(dim=0), dict(sigma_min=80.0), dict(sigma_max=math.inf), dict(head_dim=6),
-                                   dict(dim_mults=(1, 1, 1, 1)), dict(action_dim=2, action_scale=(1.0,))])
-def test_configs_that_cannot_work_are_refused(wrong):
-    refused(f"a Config with {wrong}", tiny, **wrong)
+# ---- 10. spatial blocks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.checkpoint
-def test_a_config_is_that_of_the_readme_unless_told():
-    c = Config()
-    told = (c.sigma_min, c.sigma_max, c.rho, c.context_noise, c.P_mean, c.P_std, c.window, c.patch)
-    assert told == (0.02, 80.0, 7.0, 0.05, -0.6, 2.4, 16, 2), "the results in the README were made with these numbers"
+@pytest.mark.network
+def test_res_block_by_its_formula():
+    m, x, emb = df.ResBlock(8, 16, 4), torch.randn(2, 8, 3, 3), torch.randn(2, 4)
+    same = df.ResBlock(8, 8, 4)
+    assert torch.equal(same(x, emb), x), "a new ResBlock changes nothing: skip lost, or no zero layer?"
+    torch.nn.init.normal_(m.conv2.weight)
+    scale, shift = m.scale_shift(emb)[..., None, None].chunk(2, 1)
+    h = m.norm2(m.conv1(F.silu(m.norm1(x)))) * (1 + scale) + shift
+    assert torch.allclose(m(x, emb), m.skip(x) + m.conv2(F.silu(h)), atol=1e-4), \
+        "skip + conv(silu((1 + scale) norm(conv(silu(norm x))) + shift))"
+
+
+@pytest.mark.network
+def test_spatial_attention_by_its_formula():
+    m, x = df.SpatialAttention(16, 8), torch.randn(2, 16, 2, 3)
+    torch.nn.init.normal_(m.out.weight)
+    q, k, v = m.qkv(m.norm(x)).flatten(2).view(2, 3, 2, 8, 6).unbind(1)  # (N,heads,d,hw) each
+    share = (torch.einsum("nhdi,nhdj->nhij", q, k) / 8**0.5).softmax(-1)
+    y = torch.einsum("nhij,nhdj->nhdi", share, v).reshape(2, 16, 2, 3)
+    assert torch.allclose(m(x), x + m.out(y), atol=1e-5), "x + softmax(q k / sqrt(d)) v, over places, head by head"
+    assert isinstance(random_denoiser().middle.attend, df.SpatialAttention), "it stands at the lowest resolution"
 
 
 # ---- 11. checkpoints ------------------------------------------------------------------------------------------------
@@ -1519,72 +1094,72 @@ def test_a_config_is_that_of_the_readme_unless_told():
 @pytest.mark.checkpoint
 @pytest.mark.parametrize("temporal", MIXERS)
 def test_a_checkpoint_gives_back_the_same_model(tmp_path, temporal):
-    model, x, sigma = random_denoiser(temporal=temporal), torch.randn(1, 3, 3, 8, 8), torch.rand(1, 3) + 0.1
+    model, x = random_denoiser(temporal=temporal, stride=2, forcing="teacher"), torch.randn(1, 3, 3, 8, 8)
+    sigma = torch.ones(1, 3)
     df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict(), step=7)
     loaded, extra = df.load_checkpoint(tmp_path / "m.pt")
     assert loaded.config == model.config and extra == {"step": 7}, "config or extras come back changed"
     assert torch.equal(loaded(x, sigma)[0], model(x, sigma)[0]), "weights or config got lost"
+    assert not loaded.training, "a loaded model is in eval mode"
     assert os.listdir(tmp_path) == ["m.pt"], "the file that was written aside is renamed, not left"
-    assert not {"data_mean", "action_scale"} & set(model.state_dict()), "Config has them: --init must not keep the old ones"
+    assert not {"data_mean", "action_scale"} & set(model.state_dict()), "Config has them, and nothing else"
 
 
 @pytest.mark.checkpoint
-def test_the_checkpoint_in_assets_still_denoises_balls():
-    model, _ = df.load_checkpoint(HERE / "assets" / "balls.pt")
-    x, sigma, generator = sample.to_frames(balls(2, 8, 32)), torch.full((2, 8), 0.3), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        loss = float(df.diffusion_forcing_loss(model, x, model.config, sigma=sigma, generator=generator))
-    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0035: the network is not the one that balls.pt was trained with"
+def test_what_is_no_such_checkpoint_is_refused_in_one_line_and_executes_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
 
-
-@pytest.mark.checkpoint
-def test_a_checkpoint_lacks_nothing_and_is_ready_to_use(tmp_path):
-    model = random_denoiser()
-    weights = dict(model.state_dict())
-    df.save_checkpoint(tmp_path / "m.pt", model.config, weights)
-    assert not df.load_checkpoint(tmp_path / "m.pt")[0].training, "a loaded model is in eval mode"
-    weights.pop("stem.weight")
-    df.save_checkpoint(tmp_path / "m.pt", model.config, weights)
-    refused("a checkpoint without one of its weights", df.load_checkpoint, tmp_path / "m.pt")
+    model, path = random_denoiser(), tmp_path / "m.pt"
+    df.save_checkpoint(path, model.config, model.state_dict())
+    whole, data = torch.load(path, weights_only=True), path.read_bytes()
+    lacking = dict(whole["weights"])
+    lacking.pop("stem.weight")
+    contents = {"without a weight": whole | {"weights": lacking}, "of a new setting": whole | {"config": {"depth": 3}},
+                "of another program": {"state_dict": {}}, "a list": [1, 2], "evil": {"config": Evil(), "weights": {}}}
+    for what, content in contents.items():
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="m.pt") as told:
+            df.load_checkpoint(path)
+        assert len(str(told.value).splitlines()) == 1, f"a file {what}: one line that names it"
+    assert not (tmp_path / "executed").exists(), "load with weights_only=True"
+    for what, content in {"cut": data[: len(data) // 2], "text": b"hello", "empty": b""}.items():
+        path.write_bytes(content)
+        refused(f"a file that is {what}", df.load_checkpoint, path)
     with pytest.raises(FileNotFoundError):
         df.load_checkpoint(tmp_path / "none.pt")
 
 
 @pytest.mark.checkpoint
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", [None, 1, 3])
+def test_a_checkpoint_of_another_version_says_so(tmp_path, version):
     model, path = random_denoiser(), tmp_path / "m.pt"
+    df.save_checkpoint(path, model.config, model.state_dict())
+    saved = torch.load(path, weights_only=True)
+    saved.pop("version")
+    saved["config"].pop("forcing")  # of the first version, which had no number
+    torch.save(saved | ({} if version is None else {"version": version}), path)
+    with pytest.raises(ValueError, match=f"m.pt.*version {version or 1}.*{df.VERSION}"):
+        df.load_checkpoint(path)
+
+
+@pytest.mark.checkpoint
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model, path, real = random_denoiser(), tmp_path / "m.pt", os.replace
     df.save_checkpoint(path, model.config, model.state_dict(), step=1)
+    renamed = []
 
-    def full(obj, file):
-        Path(file).write_bytes(b"half")
-        raise RuntimeError("unexpected pos 1 vs 0")  # what torch says when the disk is full
+    def full(a, b):
+        renamed.append((Path(a), Path(b)))
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
         df.save_checkpoint(path, model.config, model.state_dict(), step=2)
     assert df.load_checkpoint(path)[1] == {"step": 1}, "a save that failed must leave the old file whole: write aside"
-    assert os.listdir(tmp_path) == ["m.pt"], "what was half written aside is removed"
-
-
-@pytest.mark.checkpoint
-def test_a_checkpoint_is_written_aside_and_renamed(tmp_path, monkeypatch):
-    model, renamed, real = random_denoiser(), [], os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: renamed.append((Path(a), Path(b))) or real(a, b))
-    df.save_checkpoint(tmp_path / "m.pt", model.config, model.state_dict())
-    assert [b for _, b in renamed] == [tmp_path / "m.pt"], "only a rename replaces a file in one stroke"
-    assert renamed[0][0].parent == tmp_path, "and only on one disk: write beside the file"
-
-
-@pytest.mark.checkpoint
-def test_a_checkpoint_can_execute_nothing(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "executed",)
-
-    torch.save({"config": Evil(), "weights": {}}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt"):
-        df.load_checkpoint(tmp_path / "evil.pt")
-    assert not (tmp_path / "executed").exists(), "load with weights_only=True"
+    assert renamed[0][0].parent == tmp_path and renamed[0][1] == path, "only a rename on one disk is one stroke"
+    assert os.listdir(tmp_path) == ["m.pt"], "what was written aside is removed"
 
 
 # ---- train.py and sample.py -----------------------------------------------------------------------------------------
@@ -3309,3 +2884,13 @@ def test_readme_speaks_of_what_there_is(monkeypatch, request):
         for marker in re.findall("[a-z]{3,}", graded.split(" -k ")[0]):
             assert f"{marker}:" in markers, f"no test has the marker {marker}"
     assert len(exercises) == 8, "eight exercises"
+
+
+@pytest.mark.checkpoint
+def test_the_checkpoint_in_assets_still_denoises_balls():
+    model, _ = df.load_checkpoint(HERE / "assets" / "balls.pt")
+    x, sigma = sample.to_frames(balls(2, 8, 32)), torch.full((2, 8), 0.3)
+    with torch.no_grad():
+        loss = float(df.diffusion_forcing_loss(model, x, model.config, sigma=sigma, actions=torch.zeros(2, 8, 2),
+                                               generator=seed()))
+    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0035: the network is not the one that balls.pt was trained with"
