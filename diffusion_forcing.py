@@ -8,10 +8,11 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
      after frame, all frames together, and everything between: only the matrix differs.
   4. Given and finished frames are the history. The network sees them with a little noise, and is
      told how much. The noise hides errors, which would otherwise add up. (Paper: stabilization.)
-  5. What the network keeps of them, its state, does not grow: a rollout need not end.
+  5. A finished frame enters the state of the network once, and is not computed again. The state
+     (keys and values, or a hidden state) does not grow: a rollout need not end.
 
-Three scheduling matrices. Row m has the level of each frame, a column, before step m. A frame comes
-down from S (pure noise, here 4) to 0 (finished), and starts u rows after the frame before it.
+Three scheduling matrices. Row m has the level of each frame, a column, before step m. A frame takes
+S steps, here 4, from S (pure noise) to 0 (finished), and starts u rows after the frame before it.
 
     autoregressive, u = S    pyramid, u = 2    full sequence, u = 0
           4 4 4 4               4 4 4 4              4 4 4 4
@@ -23,15 +24,16 @@ down from S (pure noise, here 4) to 0 (finished), and starts u rows after the fr
 
   B, T, C, H, W   batch, frames, channels, height, width, always in this order; t numbers frames
   x               frames, pixels in [-1, 1]; a noisy frame is x + sigma * standard normal noise
-  sigma (B, T)    how much noise each frame has, in the units of x (Config has others: see there)
+  sigma (B, T)    how much noise each frame has, in frame units: those of x (Config has others)
   D               what the denoiser says: the mean of all clean frames that fit the noisy ones
   K (M+1, T)      scheduling matrix: K[m, t] is the level of frame t before step m; K[M] is all 0
 
-A bidirectional model (causal=False) also sees later frames. All frames are in every call, so it has
-no state and no `rollout`: `sample` makes one clip, of at most `window` frames. In return, some of
-its frames may be given, wherever they are: keyframes. To train on latents in place of pixels, set
-channels, height and width to theirs and patch to 1, and scale each channel to the same deviation.
-
+Who sees whom: in each temporal mixer, a frame sees itself and the window - 1 frames before it (in a
+GRU, all of them). In a bidirectional model (causal=False; attention only) it also sees later ones,
+so that what is computed of a frame is never final: all frames are in every call; there is no state,
+no `rollout` and no teacher forcing. `sample` makes one clip, of at most `window` frames. In return,
+any of them may be given: keyframes. Latents in place of pixels need another Config, no more: their
+channels, height, width, mean and deviation (first scale all channels to one), and patch = 1.
 Departures from the paper: EDM (arXiv 2206.00364) in place of DDPM; a step may use the D of the one
 before (`solver_step`); noise alternates in half of the clips (`alternate`); attention or a GRU at
 each place of a U-Net, not a convolutional GRU; the first row of a matrix comes first, not last.
@@ -60,8 +62,8 @@ VERSION = 2  # of the checkpoints
 @dataclass
 class Config:
     """Sizes, network and noise. It travels in the checkpoint. data_mean and sigma_data are measured
-    on the clips, in frame units: those of x. Every other sigma here, and P_mean, is stated for data
-    of standard deviation 0.5, as in EDM; `in_frame_units` is the one place that converts."""
+    on the clips, in frame units: those of x. Every other sigma here, and P_mean, has Config units:
+    for data of standard deviation 0.5, as in EDM. `in_frame_units` is the place that converts."""
     height: int = 32
     width: int = 32
     channels: int = 3                # or those of latents in place of pixels
@@ -90,7 +92,7 @@ class Config:
     context_noise: float = 0.05      # sigma of all history, given or generated
 
     def in_frame_units(self, sigma):
-        """A sigma as it stands in Config -> the same in frame units, those of x."""
+        """A sigma in Config units -> the same in frame units."""
         return sigma * self.sigma_data / 0.5
 
     def __post_init__(self):
@@ -140,9 +142,9 @@ def sample_noise_levels(batch_size, num_frames, config, generator=None):
 def alternate(normal, config, generator):
     """normal (B, T) -> the same, but config.alternating of the clips mix low and high noise, below
     and above the median. Each frame by itself stays standard normal. Causal: they take turns. What
-    an action does is learned where a frame is too noisy to show it, and the one before it is not.
-    (From a sigma < .1 to one > 2, in the units of Config, go 7 % of all neighbours by chance, and
-    so 11 %.) Bidirectional: a random share is high, like the frames between keyframes."""
+    an action does is learned from a frame that is too noisy to show it, after one that is not. Of
+    all neighbours, 7 % are such by chance (sigma < .1, then > 2, in Config units), and here 11 %.
+    Without it, it is learned late. Bidirectional: a random share is high, to be filled in."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -170,8 +172,8 @@ def per_frame(v):
 # ==== 3. EDM preconditioning and weighting (arXiv 2206.00364, Table 1). ==========================
 #    D(x; sigma) = mu + c_skip (x - mu) + c_out network(c_in (x - mu); c_noise)
 #
-#    in Denoiser.forward. mu: the mean of the data. Input and target of the network have variance 1:
-#    the target is about minus the noise where sigma is low, and the frame where it is high.
+#    is in Denoiser.forward; mu is the mean of the data. Input and target of the network have unit
+#    variance: the target is about minus the noise at low sigma, and the frame at high sigma.
 
 def edm_scalings(sigma, sigma_data):
     """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma."""
@@ -196,11 +198,11 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
 
       "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
-      "teacher"        next-frame prediction: as "diffusion", but the past has context_noise.
-
+      "teacher"        next-frame prediction: each has its own sigma (none alternates), but its past
+                       is a second copy of the clip, the `history` of section 8, with context_noise.
     sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t; None:
-    they are unknown. expected_loss(sigma, sigma_seen) -> (B, T), a network that is trained along,
-    says the logarithm of the loss to be expected. Divided by it, all frames count the same.
+    they are unknown. expected_loss(sigma, sigma_seen) -> (B, T): a second network, trained with it,
+    says the logarithm of the loss. Divided by what it says, all frames count the same.
     """
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
@@ -210,7 +212,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
         sigma_seen = torch.full_like(sigma, config.in_frame_units(config.context_noise))
         history = (x + per_frame(sigma_seen) * randn(x.shape, x, generator), sigma_seen)
 
-    D, _ = model(noisy, sigma, actions=actions, commit=0, history=history)  # see section 8
+    D, _ = model(noisy, sigma, actions=actions, commit=0, history=history)  # 0: no state
     loss = per_frame(loss_weight(sigma, config.sigma_data)) * (D - x) ** 2  # (B,T,C,H,W)
     loss = loss.mean((2, 3, 4))  # (B,T)
     if expected_loss is not None:
@@ -257,7 +259,6 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
 def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_size=1,
            solver="multistep", generator=None, config=None):
     """Algorithm 2 of the paper: all T frames are in every call -> (B, T, C, H, W), context first.
-
     model      anything that is called like Denoiser.forward; config defaults to model.config
     matrix     (M+1, T - T_context) integers, from a row of S to a row of 0
     context    (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
@@ -278,7 +279,7 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     # Noise is drawn frame by frame, as in `rollout`, so that equal seeds give equal frames.
     noise = lambda: randn((len(context), *context.shape[2:]), context, generator)  # (B,C,H,W)
     pairs = [(given[t] if t in given else sigmas[0, t] * noise(), noise()) for t in range(T)]
-    x, eps = (torch.stack(frames, 1) for frames in zip(*pairs))  # (B,T,C,H,W); eps: as history
+    x, eps = (torch.stack(frames, 1) for frames in zip(*pairs))  # (B,T,C,H,W); eps: for history
     actions = None if actions is None else actions[:, :T].to(x)  # (B,T,A)
     D_last, s_last = x, torch.full_like(sigmas[0], math.inf)  # no step was taken yet
     for s, s_next in zip(sigmas, sigmas[1:]):  # (T,) each: before and after this step
@@ -322,8 +323,8 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     rollout(model, scheduling_matrix("pyramid", 1, S), num_frames=None, period=u).
 
     num_frames counts the context; None: go on for ever, or until the actions end. actions may also
-    be an iterator over (B, A). It is asked for the action of frame t when that frame starts: with
-    one column, after frame t - 1 was yielded (or t - S / u). All else is as in `sample`.
+    be an iterator over (B, A). It is asked for the action of frame t when that frame starts: in an
+    endless pyramid, after frame t - S / u was yielded. All else is as in `sample`.
     """
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
@@ -340,7 +341,7 @@ def endless_level(matrix, period, row, n):
     """The level of frame n, where 0 is the first one after the context, in a row of the endless
     matrix. Copy j of `matrix` (a list of rows) starts floor(j * period) rows after copy 0."""
     copy, column = divmod(n, len(matrix[0]))
-    start = math.floor(copy * period)  # Python's floats: a float32 would round too soon
+    start = math.floor(copy * period)  # Python's floats: float32 would be wrong in long rollouts
     row = min(max(row - start, 0), len(matrix) - 1)  # S before its start, 0 after its end
     return matrix[row][column] if n >= 0 else 0
 
@@ -466,10 +467,9 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
         """x (B, T, C, H, W), sigma (B, T), all above 0 -> D (B, T, C, H, W), state.
-
         state    what the last call returned, about the frames before x[:, 0]; None: there are none
         commit   how many frames of this call, from its first on, enter the state; None: all
-        actions  (B, T, A), row t leads to frame t; NaN in it: unknown, which is not 0; None: all are
+        actions  (B, T, A), [:, t] leads to frame t; NaN: unknown, unlike an action of zeros
         history  for teacher forcing: (x, sigma) of the same frames, with little noise; section 9
         """
         self.check(x, sigma, actions, commit)
@@ -524,7 +524,7 @@ class Denoiser(nn.Module):
              and (actions is None or actions.shape == (B, T, c.action_dim)),
              f"x {tuple(x.shape)}, sigma or actions do not fit Config, or each other")
         need(commit is None or 0 <= commit <= T, f"commit is {commit}; 0 to {T} is needed")
-        if sigma.device.type == "cpu":  # a GPU would have to wait for this
+        if sigma.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
             need((sigma > 0).all(), "sigma must be above 0: the network is told its logarithm")
 
 

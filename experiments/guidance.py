@@ -1,13 +1,24 @@
-"""Guidance is a wrapper around the denoiser: no sampling loop needs to know of it.
+"""Guidance: something counts for more than it did in training. Takes all options of sample.py.
 
-    model = Guided(model, 1.5, noisier_history(model.config.in_frame_units(0.5)))
+    python experiments/guidance.py --ckpt model.pt --weight 1.5 --noise 0.1   the history does
+    python experiments/guidance.py --ckpt model.pt --weight 2                 the actions do
+
+It is a wrapper around the denoiser, and no loop of sampling needs to know of it:
+
+    model = Guided(model, 1.5, noisier_history(model.config.in_frame_units(0.1)))
     frames = rollout(model, matrix, 256, context)
 """
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from diffusion_forcing import per_frame, randn
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the project
+import sample  # noqa: E402
+from diffusion_forcing import need, per_frame, randn  # noqa: E402
 
 
 class Guided(nn.Module):
@@ -50,3 +61,27 @@ def noisier_history(noise, generator=None):
         x = torch.cat([history, x[:, commit:]], 1)  # (B,T,C,H,W)
         return x, torch.cat([told, sigma[:, commit:]], 1), actions
     return weaken
+
+
+def main(argv=None):
+    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter,
+                       epilog="all others: python sample.py --help", allow_abbrev=False)
+    p.add_argument("--weight", type=sample.positive_float, required=True, help="1: no guidance")
+    p.add_argument("--noise", type=sample.positive_float, help="sigma through which the history is "
+                   "seen where it counts less; without it, the actions count for more")
+    ours, others = p.parse_known_args(argv)
+
+    def wrap(model, args):
+        if ours.noise is None:
+            need(model.config.action_dim, f"{args.ckpt} knows no actions: --noise is needed")
+            return Guided(model, ours.weight, without_actions)
+        need(model.config.causal, f"--noise: {args.ckpt} looks both ways, and has no history")
+        generator = torch.Generator(args.device).manual_seed(args.seed + 1)
+        noise = model.config.in_frame_units(ours.noise)
+        return Guided(model, ours.weight, noisier_history(noise, generator))
+
+    sample.main(others, wrap)
+
+
+if __name__ == "__main__":
+    main()

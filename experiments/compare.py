@@ -1,13 +1,12 @@
 """Measures what README and RESULTS.md claim, on the bouncing balls.
 
-    python assets/compare.py --minutes 4 --jobs 2        trains every paradigm for the same time,
+    python experiments/compare.py --minutes 4 --jobs 2      trains every paradigm for the same time,
         each on one core, on clips of 16 frames, rolls out 16, 64 and 256 frames, prints a table
-    python assets/compare.py --ckpt assets/balls.pt      rolls a model out in many ways; several
+    python experiments/compare.py --ckpt model.pt           rolls a model out in many ways; several
         models are several seeds: each figure is then their mean
-    python assets/compare.py --ckpt model.pt --push      how well a model obeys pushes; push.gif
-    python assets/compare.py --ckpt two-way.pt --between two-way models between two given frames
-    python assets/compare.py --slow                      balls that hardly move: how far they get
-    python assets/compare.py --matrix                    draws three scheduling matrices
+    python experiments/compare.py --ckpt model.pt --push    how well it obeys pushes; push.gif
+    python experiments/compare.py --ckpt both.pt --between  bidirectional: between two given frames
+    python experiments/compare.py --matrix                  draws three scheduling matrices
 
 What it trains and rolls out is kept in --out, and not made again. Its pictures are there, too:
 strip.png has frames 0, 17 ... 255 of a rollout, for every row of 256.
@@ -28,9 +27,9 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
+from data.balls import bouncing_balls  # noqa: E402: found by the line above
 from diffusion_forcing import SCHEDULES, scheduling_matrix  # noqa: E402
-from train import (BACKGROUND, COLOURS, CONTEXT, RADIUS, SPEED,  # noqa: E402: found by the above
-                   bouncing_balls)
+from experiments.physics import FASTEST, find, physics, push_errors, true_speed  # noqa: E402
 
 FRAMEWISE, PYRAMID = "--schedule autoregressive", "--schedule pyramid"
 SIX, FROM_NOTHING = f"{FRAMEWISE} --steps 6", "--batch 8 --frames 16"
@@ -52,72 +51,8 @@ WAYS = [*MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES)]  # fo
 MORE = [  # for a single one
     *(f"--solver euler {way}" for way in MATRICES if way.startswith(FRAMEWISE)),
     *(f"--context-noise {noise}" for noise in (0.002, 0.01, 0.02, 0.05, 0.2, 0.5))]
-CLIPS, LENGTHS = 8, (16, 64, 256)
-FASTEST = 2.3  # no ball is faster, not even one with the energy of both: pixels a frame
+CLIPS, LENGTHS, CONTEXT = 8, (16, 64, 256), 4
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
-
-
-def find(clip):
-    """uint8 (T, H, W, 3) of two balls -> centres (T, ball, xy); which frames have both balls whole,
-    in one place and with their area (within a quarter); how much of a ball is wrong (T,)."""
-    cover = np.moveaxis((clip - 1.0 * BACKGROUND) @ np.linalg.pinv(COLOURS), -1, 1)  # (T,ball,H,W)
-    y, x = np.mgrid[: clip.shape[1], : clip.shape[2]] + 0.5
-    area, weight = np.pi * RADIUS**2, np.where(cover > 0.5, cover, 0)
-    for _ in range(3):  # the centre of all pixels above a half, then of all that are near it
-        mass = weight.sum((2, 3)) + 1e-9
-        px, py = (weight * x).sum((2, 3)) / mass, (weight * y).sum((2, 3)) / mass  # (T,ball)
-        distance = np.hypot(x - px[..., None, None], y - py[..., None, None])
-        weight = np.where(distance < RADIUS + 2, cover.clip(0, 1), 0)
-    solid, near = (cover > 0.5).sum((2, 3)), distance < RADIUS + 2.5
-    stray = ((cover > 0.5) & ~near).sum((2, 3))
-    good = ((abs(solid / area - 1) <= 0.25) & (stray < 3)).all(1)
-    disc = np.clip(RADIUS + 0.5 - distance, 0, 1)
-    wrong = (abs(cover - disc) * near).sum((2, 3)).mean(1) / area
-    return np.stack([px, py], -1), good, wrong
-
-
-def free_flight(p, size):
-    """Centres (T, ball, xy) -> which steps are free of walls and of the other ball (T-1,); the root
-    mean square speed of both balls in each, NaN in the others. Walls and collisions keep it."""
-    gap = abs(np.minimum(p - RADIUS, size - RADIUS - p))  # to a wall
-    touch = np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * RADIUS + FASTEST
-    # a ball that bounced between two frames was, in sum, nearer to the wall than a step
-    free = (gap[1:] + gap[:-1] > FASTEST).all((1, 2)) & ~touch[1:] & ~touch[:-1]
-    return free, np.where(free, np.sqrt((np.diff(p, axis=0) ** 2).sum((1, 2)) / 2), np.nan)
-
-
-def true_speed(clip):
-    """The speed of both balls of a real clip, which it keeps (median)."""
-    return median(free_flight(find(clip)[0], clip.shape[1])[1])
-
-
-def physics(clip, true=None):
-    """uint8 (T, H, W, 3) of two balls ->
-    good    share of frames in which both balls are whole
-    shape   how much of a ball's area is wrong, against a true disc at its centre (median)
-    vel     change of velocity from step to step in free flight, pixels a frame and axis (median)
-    speed   how far the speed of both is from `true`, that of the clip that was to be gone on from,
-            or else from that of its own first 8 free steps, as a share (median)
-    prefix  frames before the first mistake: a ball that is not whole, a step longer than any ball
-            can make, a jump in velocity of over a pixel a frame in free flight, or the speed a
-            fifth off in two free steps, one after the other"""
-    p, good, shape = find(clip)
-    free, speed = free_flight(p, clip.shape[1])
-    true = median(speed[free][:8]) if true is None else true
-    off = abs(speed / max(true, 1e-3) - 1)
-    pair = free[1:] & free[:-1]
-    jump = np.where(pair[:, None, None], abs(np.diff(p, 2, axis=0)), np.nan)  # (T-2,ball,xy)
-    seen = np.flatnonzero(free)  # in the others nobody can tell
-    two = (off[seen][1:] > 0.2) & (off[seen][:-1] > 0.2)
-    jumps = np.flatnonzero((jump > 1).any((1, 2))) + 2
-    far = np.linalg.norm(np.diff(p, axis=0), axis=-1).max(1) > FASTEST
-    mistakes = [np.flatnonzero(~good), jumps, seen[1:][two] + 1, np.flatnonzero(far) + 1]
-    prefix = min([at[0] for at in mistakes if len(at)], default=len(clip))
-    return good.mean(), median(shape), median(jump), median(off), prefix
-
-
-def median(a):
-    return np.nanmedian(a) if np.isfinite(a).any() else np.nan
 
 
 def call(script, words, log, after=""):
@@ -178,20 +113,6 @@ def seconds(ckpt, options, args):
     return 1 / float(re.findall(r"([\d.]+) frames/s", (path / "one.txt").read_text())[-1])
 
 
-def push_errors(clip, push):
-    """Clip (T, H, W, 3) and its pushes (T, 2) -> degrees between each push and the next step of the
-    red ball, away from walls and from the other ball."""
-    p, size = find(clip)[0], clip.shape[1]
-    t = np.flatnonzero(push.any(1))
-    t = t[t > CONTEXT]
-    before, step, far = p[t - 1], p[t, 0] - p[t - 1, 0], RADIUS + FASTEST
-    clear = ((before[:, 0] > far) & (before[:, 0] < size - far)).all(1)
-    clear &= np.linalg.norm(before[:, 0] - before[:, 1], axis=-1) > 2 * far
-    length = np.linalg.norm(step, axis=1) * np.linalg.norm(push[t], axis=1)
-    cosine = (step * push[t]).sum(1) / np.maximum(length, 1e-9)
-    return np.degrees(np.arccos(cosine.clip(-1, 1)))[clear]
-
-
 def pushes(ckpts, args):
     """How well models obey pushes, one in every eighth frame; and a video of it, push.gif."""
     rng = np.random.default_rng(97)
@@ -207,7 +128,7 @@ def pushes(ckpts, args):
         for ckpt in ckpts for way in (FRAMEWISE, PYRAMID)}
     print("| model | sample.py | pushes | degrees off (median) | within 30 degrees |\n|-|-|-|-|-|")
     for (name, way), clips in rows.items():
-        off = np.concatenate([push_errors(clip, p) for clip, p in zip(clips, push)])
+        off = np.concatenate([push_errors(clip, p, CONTEXT) for clip, p in zip(clips, push)])
         print(f"| {name} | {way} | {len(off)} | {np.median(off):.1f} | {np.mean(off < 30):.3f} |")
     draw_pushes(clips[0], push[0], args.out / "push.gif")
 
@@ -228,14 +149,14 @@ def draw_pushes(clip, push, path, scale=4, frames=4):
 
 
 def between(ckpts, args):
-    """Two-way models fill in the 14 frames between the first and the last one of real clips. Prints
-    what `physics` says of them, the longest step of a ball, and in how many clips no ball jumps;
-    draws the first clip, real and filled in, as keyframes.png."""
+    """Bidirectional models fill in the 14 frames between the first and the last one of real clips.
+    Prints what `physics` says of them, the longest step of a ball, and in how many clips no ball
+    jumps; draws the first clip, real and filled in, as keyframes.png."""
     real = bouncing_balls(8 * CLIPS, 16, np.random.default_rng(96))
     for i, clip in enumerate(real):
         np.save(args.out / f"between_{i}.npy", clip)
     others = [f" --schedule {kind}" for kind in SCHEDULES if kind != "full_sequence"]
-    ways = ["--keyframes 0,15 --frames 16" + more for more in ("", " --steps 20", *others)]
+    ways = ["--keyframes 0 15 --frames 16" + more for more in ("", " --steps 20", *others)]
     rows = {("real balls", ""): real} | {
         (ckpt.name, way): roll_out(ckpt, way, args, "between", len(real))
         for ckpt in ckpts for way in ways}
@@ -247,26 +168,6 @@ def between(ckpts, args):
         print(f"| {name} | {way} | {good:.3f} | {shape:.3f} | {vel:.3f} | {max(steps):.2f} | "
               f"{sum(step <= FASTEST for step in steps)} of {len(steps)} |")
     draw_strip([real[0], rows[ckpts[0].name, ways[0]][0]], args.out / "keyframes.png", 16)
-
-
-def slow(args):
-    """Balls at an eighth of the speed: how far they get in the time of 8 frames, as a share of how
-    far real ones get; with every frame shown to the network, and with every eighth."""
-    clips = bouncing_balls(64 + CLIPS, 200, np.random.default_rng(5), speed=np.array(SPEED) / 8)
-    data = folder(args, "slow")
-    for i, clip in enumerate(clips):
-        path = data / f"{i}.npy" if i < 64 else args.out / f"slow_context_{i - 64}.npy"
-        if not path.exists():
-            np.save(path, clip)
-    for stride in (1, 8):
-        ckpt = train(f"--stride {stride}", 0, args, ["--data", data, "--cache", args.out / "cache"])
-        step = 8 // stride
-        for noise in (0.05, 0.2):
-            rolled = roll_out(ckpt, f"--context-noise {noise} --frames 128", args, "slow_context")
-            far = [np.linalg.norm(p[step:] - p[:-step], axis=-1).mean() for p in
-                   (find(c)[0][CONTEXT:] for c in (*rolled, *clips[64:, ::stride]))]
-            print(f"--stride {stride} --context-noise {noise}: "
-                  f"{np.mean(far[:CLIPS]) / np.mean(far[CLIPS:]):.2f} of the way")
 
 
 def print_table(rows, real, per_frame):
@@ -312,49 +213,56 @@ def draw_strip(clips, path, length=LENGTHS[-1]):
     iio.imwrite(path, strip.repeat(2, 0).repeat(2, 1))
 
 
-def main():
+def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=4.0, help="of every training (%(default)s)")
     p.add_argument("--jobs", type=int, default=1, help="how many at once, each on one core (1)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for all of it (runs)")
-    p.add_argument("--ckpt", type=Path, nargs="+", help="measure these models, and train none")
+    p.add_argument("--ckpt", type=Path, nargs="+", default=[], help="measure these, train none")
     p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
     p.add_argument("--between", action="store_true", help="fill in between two frames with --ckpt")
-    p.add_argument("--slow", action="store_true", help="measure balls that hardly move instead")
     p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
     if (args.push or args.between) and not args.ckpt:
         p.error("--push and --between measure models: --ckpt is needed")
     args.out = args.out.resolve()
+    args.ckpt = [path.resolve() for path in args.ckpt]
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.slow:
-        return slow(args)
-    if args.matrix:
-        return draw_matrices(args.out / "matrix.png")
+    return args
+
+
+def table(args):
+    """Trains all of RUNS, or takes --ckpt; rolls out; prints the table and draws strip.png."""
     real, other = (bouncing_balls(CLIPS, LENGTHS[-1], np.random.default_rng(n)) for n in (99, 98))
     for i, clip in enumerate(real):
         np.save(args.out / f"context_{i}.npy", clip[:CONTEXT])
-    ckpts = [path.resolve() for path in args.ckpt or []]
-    if args.push:
-        return pushes(ckpts, args)
-    if args.between:
-        return between(ckpts, args)
-    names = ", ".join(path.stem for path in ckpts)
-    ways = WAYS + MORE * (len(ckpts) == 1)
-    wanted = [(names, range(len(ckpts)), ways)] if ckpts else RUNS
+    names, ways = ", ".join(p.stem for p in args.ckpt), WAYS + MORE * (len(args.ckpt) == 1)
+    wanted = [(names, range(len(args.ckpt)), ways)] if args.ckpt else RUNS
     jobs = [(name, way, seed) for name, seeds, ways in wanted for seed in seeds for way in ways]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(dict.fromkeys((name, seed) for name, _, seed in jobs))
-        models = dict(zip(runs, ckpts or pool.map(lambda run: train(*run, args), runs)))
+        models = dict(zip(runs, args.ckpt or pool.map(lambda run: train(*run, args), runs)))
         clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args), jobs)
         rows = {("none: real balls", "none"): [real], ("none: other balls", "none"): [other]}
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
-    per_frame = {way: np.mean([seconds(path, way, args) for path in ckpts])  # nothing beside it
-                 for _, _, ways in wanted for way in ways if ckpts and "--batch" not in way}
+    per_frame = {way: np.mean([seconds(path, way, args) for path in args.ckpt])  # alone
+                 for _, _, ways in wanted for way in ways if args.ckpt and "--batch" not in way}
     print_table(rows, real, per_frame)
     draw_strip([x[0][0] for x in rows.values()], args.out / "strip.png")
+
+
+def main():
+    args = parse_args()
+    if args.matrix:
+        draw_matrices(args.out / "matrix.png")
+    elif args.push:
+        pushes(args.ckpt, args)
+    elif args.between:
+        between(args.ckpt, args)
+    else:
+        table(args)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
 # ///
 """Measures a model of the lander against the simulator: same starts, same actions.
 
-    python assets/lander_check.py lander.pt
+    python experiments/lander_check.py lander.pt
 
 First, eight flights of 256 frames, none of which lander.py records: the model gets their first four
 frames and all actions, and goes on by itself, as sample.py does. Then sixteen flights of 10 frames,
-after which one engine, or none, is held for 20 frames, as in sample.py --play. lander.gif shows
+after which one engine, or none, is held for 20 frames, as in play.py. lander.gif shows
 four of the former: the flights above, the rollouts below.
 """
 
@@ -22,9 +22,10 @@ import torch
 import torchvision.transforms.v2.functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import lander  # noqa: E402: it is beside this file
-from diffusion_forcing import load_checkpoint, rollout  # noqa: E402: found by the above
-from sample import matrix_for, to_bytes, to_frames, video_writer  # noqa: E402
+from data.clips import to_bytes, to_frames, video_writer  # noqa: E402: found by the line above
+from diffusion_forcing import load_checkpoint  # noqa: E402
+from experiments import lander  # noqa: E402
+from sample import generate  # noqa: E402
 
 ENGINES = ("none", "left", "main", "right")
 FLIGHTS, LENGTH, CONTEXT, SHOWN = 8, 256, 4, 4
@@ -45,9 +46,8 @@ def fly(env, seed, num_frames, size, engine=None):
 
 def roll(model, schedule, frames, actions, num_context):
     """-> uint8 (N, T, H, W, 3), from the first frames of each flight, with its actions."""
-    matrix, period = matrix_for(schedule, 1)
-    x = rollout(model, matrix, frames.shape[1], to_frames(frames[:, :num_context]), period=period,
-                actions=torch.from_numpy(actions), generator=torch.Generator().manual_seed(0))
+    x = generate(model, frames.shape[1], to_frames(frames[:, :num_context]), schedule=schedule,
+                 actions=torch.from_numpy(actions), generator=torch.Generator().manual_seed(0))
     return np.stack([to_bytes(frame) for frame in x], 1)
 
 
@@ -75,7 +75,7 @@ def main():
     real, actions = map(np.stack, zip(*itertools.islice(flights, FLIGHTS)))
     rolled = roll(model, "pyramid", real, actions, CONTEXT)
     both = [np.concatenate([*clips[:SHOWN]], 2) for clips in (real, rolled)]  # (T,H,N*W,3) each
-    with video_writer("lander.gif", 2 * size[0], SHOWN * size[1], scale=2) as write:
+    with video_writer("lander.gif", 2 * size[0], SHOWN * size[1]) as write:
         for frame in np.concatenate(both, 1):  # rounded: faint noise makes a large file
             write((np.minimum(frame, 247) + 8) // 16 * 16)
     whole, truth = np.median(body(real)[0]), np.median(ground(real), 1, keepdims=True)

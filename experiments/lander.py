@@ -4,7 +4,7 @@
 # ///
 """Records 400 clips of a game, with actions: the lunar lander of Gymnasium.
 
-    uv run assets/lander.py      or: pip install "gymnasium[box2d]"; python assets/lander.py
+    pip install "gymnasium[box2d]" && python experiments/lander.py
 
 writes lander/0000.mp4 and lander/0000.actions.npy to lander/0399.*. Frames have 64x64 pixels.
 Actions are one-hot: 0 nothing, 1 left engine, 2 main engine, 3 right engine. Row t leads to frame

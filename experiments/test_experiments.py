@@ -1,0 +1,250 @@
+"""What is built on top: guidance, and a world to play. `pytest -m guidance` and `pytest -m play` run one of them."""
+
+import itertools
+import math
+import os
+import re
+import select
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import diffusion_forcing as df
+import sample
+from experiments import guidance, play
+
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+
+
+def random_denoiser(**options):
+    """A small Denoiser without zero layers: those would hide everything behind them."""
+    torch.manual_seed(0)
+    model = df.Denoiser(df.Config(height=8, width=8, dim=8, head_dim=8, window=3, sigma_data=0.3, **options))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval()
+
+
+class Spy:
+    """Looks like a denoiser, and records every call. Its state is the number of frames in it."""
+
+    def __init__(self, **options):
+        self.config, self.calls = df.Config(sigma_data=0.3, **options), []
+
+    def __call__(self, x, sigma, state=None, *, actions=None, commit=None):
+        self.calls.append(dict(x=x, sigma=sigma, actions=actions, commit=commit))
+        return 0.9 * x, (state or 0) + commit
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """A command, called in an empty folder in this process -> what it wrote to both outputs."""
+    def call(command, *words, code=0):
+        try:
+            status = command([*map(str, words), "--device", "cpu"]) or 0
+        except SystemExit as end:
+            status = end.code
+        out = "".join(capsys.readouterr())
+        assert status == code, f"{words}: exit status {status}\n{out}"
+        return out
+
+    monkeypatch.chdir(tmp_path)
+    for name, options in (("model", dict(action_dim=2)), ("still", {}), ("both", dict(causal=False, action_dim=2))):
+        model = random_denoiser(**options)
+        df.save_checkpoint(f"{name}.pt", model.config, model.state_dict())
+    np.save("a.npy", np.full((5, 8, 8, 3), 99, np.uint8))
+    np.save("a.actions.npy", np.full((5, 2), 5.0))
+    return call
+
+
+@pytest.mark.guidance
+@pytest.mark.parametrize("temporal", df.MIXERS)
+@pytest.mark.parametrize("noise", [1.0, 0.01, None])
+def test_a_guided_model_is_two_models_with_two_states(temporal, noise):
+    model, pair, states, generator = random_denoiser(temporal=temporal, action_dim=2), None, [None, None], seed()
+    weaken = guidance.noisier_history(noise, seed()) if noise else guidance.without_actions
+    for T, commit in ((3, 2), (2, 0), (3, None)):  # some frames enter the state, none, all
+        x, actions, sigma = torch.randn(2, T, 3, 8, 8), torch.randn(2, T, 2), torch.full((2, T), 0.05)
+        n = T if commit is None else commit
+        sigma[:, n:] = 0.5
+        D, pair = guidance.Guided(model, 2.5, weaken)(x, sigma, pair, actions=actions, commit=commit)
+        hazy, label = x.clone(), sigma.clone()
+        if noise == 1.0:  # with less than there is, nothing is added
+            hazy[:, :n] += math.sqrt(1 - 0.05**2) * torch.randn(2, n, 3, 8, 8, generator=generator)
+            label[:, :n] = 1.0
+        full, states[0] = model(x, sigma, states[0], actions=actions, commit=commit)
+        weak, states[1] = model(hazy, label, states[1], actions=actions if noise else None, commit=commit)
+        assert torch.allclose(D, weak + 2.5 * (full - weak), atol=1e-4), f"{T} frames, {commit} enter the state"
+
+
+@pytest.mark.guidance
+def test_the_history_gets_more_noise_once_and_nothing_else_does():
+    def go(guided):
+        spy, context = Spy(), torch.randn(2, 3, 3, 32, 32, generator=seed(3))
+        model = guidance.Guided(spy, 2.0, guidance.noisier_history(0.4, seed(1))) if guided else spy
+        list(df.rollout(model, df.scheduling_matrix("pyramid", 1, 4), 7, context, period=2, generator=seed()))
+        return spy.calls
+
+    calls, plain, added = go(True), go(False), []
+    for full, weak in zip(calls[::2], calls[1::2]):
+        n = full["commit"]
+        assert all(torch.equal(full[name][:, n:], weak[name][:, n:]) for name in ("x", "sigma")), "history only"
+        assert (weak["sigma"][:, :n] == 0.4).all(), "the label is the noise"
+        added += (weak["x"] - full["x"])[:, :n].flatten(0, 1).flatten(1)
+    std = math.sqrt(0.4**2 - (0.05 * 0.3 / 0.5) ** 2)  # variances add up; context_noise in frame units
+    assert [a.std().item() for a in added] == pytest.approx([std] * 12, rel=0.05), "6 frames of 2 clips"
+    assert (torch.corrcoef(torch.stack(added)) - torch.eye(12)).abs().max() < 0.1, "each has noise of its own"
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(calls[::2], plain)), "all other noise stays what it was"
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(calls, go(True))), "the same generators, the same noise"
+
+
+@pytest.mark.guidance
+def test_the_command_guides_the_rollout_of_sample(said):
+    words = ["--context", "a.npy", "--frames", 7, "--ckpt", "model.pt", "--seed", 4, "--out", "o.npy"]
+    model, actions = df.load_checkpoint("model.pt")[0], torch.full((1, 7, 2), 5.0)
+    noisier = guidance.noisier_history(model.config.in_frame_units(9.0), seed(5))
+    for more, weaken in ((["--noise", 9], noisier), ([], guidance.without_actions)):
+        said(guidance.main, "--weight", 2, *more, *words)
+        frames = sample.generate(guidance.Guided(model, 2.0, weaken), 7, torch.full((1, 4, 3, 8, 8), 99 / 127.5 - 1),
+                                 actions=actions, generator=seed(4))
+        assert (np.load("o.npy") == sample.to_bytes(torch.cat([*frames]))).all(), f"{more}: as a wrapper does it"
+    for ckpt, *noise in (("still",), ("both", "--noise", 1), ("model", "--noise", 0)):
+        line = said(guidance.main, "--weight", 2, *noise, "--ckpt", f"{ckpt}.pt", code=2).splitlines()[-1]
+        assert "error:" in line and "--noise" in line, f"no actions, no history, no noise: {line}"
+
+
+@pytest.mark.play
+def test_two_pixels_share_a_character(monkeypatch, capsys):
+    def look(columns, lines, colours="truecolor"):
+        """-> the pixels that are shown in a terminal of this size. It understands just the codes that `draw` uses."""
+        monkeypatch.setenv("COLORTERM", colours)
+        monkeypatch.setattr(play.os, "get_terminal_size", lambda *_: os.terminal_size((columns, lines)))
+        play.draw(image, "a line that says which keys there are")
+        *rows, line = capsys.readouterr().out.removeprefix("\x1b[H").split("\r\n")
+        cells = [re.findall("\x1b\\[38;[25];([\\d;]+);48;[25];([\\d;]+)m\u2580", row) for row in rows]  # upper, lower
+        assert len(rows) < max(lines, 1) and line.endswith("\x1b[J") and len(line) - 3 < max(columns, 1), "text"
+        assert all(row.endswith("\x1b[0m" + "\x1b[K" * (len(c) < columns)) for row, c in zip(rows, cells)), "old pixels"
+        return np.array([[list(map(int, c[i].split(";"))) for c in row] for row in cells for i in (0, 1)])
+
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
+    assert (look(8, 5) == image).all() and (look(5, 4) == image).all(), "the colour in front is the upper pixel"
+    assert (look(11, 7) == image.repeat(2, 0).repeat(2, 1)).all(), "pixels are enlarged by a whole number"
+    assert (look(40, 3) == image[[0, 1, 3, 4]][:, [0, 1, 3]]).all(), "rows and columns are left out evenly"
+    assert not any(look(*size).size for size in ((40, 1), (1, 1), (0, 0))), "no room for a picture is no error"
+    nearest = abs(np.array([0, 95, 135, 175, 215, 255]) - image[..., None].astype(int)).argmin(-1)
+    assert (look(8, 5, "")[..., 0] == 16 + nearest @ [36, 6, 1]).all(), "the nearest of 256 colours"
+
+
+def played(monkeypatch, keys, action_dim=2, digits=False, context=2, fps=1e6):
+    """Presses keys {frame: [key, ...]} while that frame, counted over all worlds, is on the screen -> what led to the
+    frames after the context, for each world; the lines and the frames that were shown; how long it waited for keys."""
+    def getch():
+        assert len(waits) < 3000, "it never ends"
+        left = pressed.get(len(kept) - 1)
+        time.sleep(0 if left else waits[-1] / 1000)
+        key = left.pop(0) if left else -1
+        return ord(key) if isinstance(key, str) else key
+
+    def worlds():
+        for number in itertools.count():
+            spies.append(Spy(height=8, width=8, action_dim=action_dim))
+            given = torch.zeros(1, context, 3, 8, 8), torch.full((1, context, action_dim), 9.0)
+            yield play.world(spies[-1], *(given if context else (None, None)), hands, 2, number)
+
+    spies, lines, kept, waits, hands = [], [], [], [], play.Keys(action_dim, digits)
+    pressed = {t: list(row) for t, row in keys.items()}
+    monkeypatch.setattr(play.curses, "curs_set", lambda visible: None)
+    monkeypatch.setattr(play, "draw", lambda image, line: lines.append(line))
+    play.play(SimpleNamespace(getch=getch, timeout=waits.append), worlds(), hands, fps, kept.append)
+    first = 0 if context else 8  # calls for a first frame; all others take 2
+    return [[call["actions"][0, -1].tolist() for call in spy.calls[first::2]] for spy in spies], lines, kept, waits
+
+
+@pytest.mark.play
+def test_an_arrow_is_the_action_of_the_next_frame_and_of_no_other(monkeypatch):
+    left, right, up, down = (getattr(play.curses, f"KEY_{name}") for name in ("LEFT", "RIGHT", "UP", "DOWN"))
+    keys = {0: [up], 1: [left], 3: [right], 4: [up], 5: [down], 7: [up, right], 8: [left, right], 9: "x1", 10: "q"}
+    expected = [[0, -1], [-1, 0], [0, 0], [1, 0], [0, -1], [0, 1], [0, 0], [1, -1], [0, 0], [0, 0]]  # y is down
+    for context in (0, 1):
+        (told,), lines, kept, _ = played(monkeypatch, keys, context=context)
+        assert told == expected, "a key shows in the next frame, and only there; two arrows are a diagonal"
+        assert len(kept) == 11 and kept[0].shape == (8, 8, 3), "each frame is kept once"
+        assert "arrows" in lines[0] and "frames/s" in lines[0] and any(line.endswith("action 1 -1") for line in lines)
+
+
+@pytest.mark.play
+def test_a_digit_is_held_until_the_next(monkeypatch):
+    keys = {1: "2", 3: ["7", play.curses.KEY_LEFT], 4: "10", 6: "1", 7: "r", 11: "q"}
+    (told, anew), lines, *_ = played(monkeypatch, keys, action_dim=3, digits=True)
+    assert [row.index(1) for row in told] == [2, 2, 2, 0, 0, 1] and all(sum(row) == 1 for row in told + anew)
+    assert [row.index(1) for row in anew] == [0, 0], "a new world begins with action 0"
+    assert "0 to 2" in lines[0] and any(line.endswith("action 2") for line in lines)
+
+
+@pytest.mark.play
+def test_space_pauses_r_starts_anew_and_q_ends(monkeypatch):
+    _, lines, kept, waits = played(monkeypatch, {2: [" ", -1, -1, -1, " "], 3: "q"})
+    assert len(kept) == 4 and len(lines) >= 9 and max(waits) == 100, "a pause draws, and waits"
+    told, *_ = played(monkeypatch, {0: "r", 5: "r", 9: "q"})
+    assert [len(world) for world in told] == [0, 2, 2], "anew, even while a context is shown"
+    *_, waits = played(monkeypatch, {3: "q"}, fps=20)
+    assert 30 < max(waits) <= 50 and len(waits) <= 9, "at most --fps, without running in circles"
+
+
+@pytest.mark.play
+def test_options_reach_the_world_and_a_whole_file_is_left(said, monkeypatch):
+    def wrapper(loop, worlds, keys, fps, keep):
+        frames = [[*itertools.islice(world, 6)] for world in itertools.islice(worlds, 2)]
+        told.append((fps, keys.digits, sample.to_bytes(torch.cat([*frames[0], *frames[1]]))))
+        keep(np.zeros((8, 8, 3), np.uint8))
+        interrupt() if len(told) == 1 else handlers[signal.SIGHUP](signal.SIGHUP, None)  # Ctrl-C, a closed window
+
+    told, handlers, interrupt = [], {}, lambda: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(play.signal, "signal", lambda number, handler: handlers.update({number: handler}))
+    monkeypatch.setattr(play.curses, "wrapper", wrapper)
+    assert "terminal" in said(play.main, "model.pt", code=2), "here is none"
+    monkeypatch.setattr(play.os, "isatty", lambda fd: True)
+    said(play.main, *"model.pt --context a.npy --fps 9 --seed 7 --steps 2 --keys digits --out 1.npy".split())
+    said(play.main, *"model.pt --out 2.npy".split(), code=128 + signal.SIGHUP)
+    assert len(np.load("1.npy")) == len(np.load("2.npy")) == 1 and [t[:2] for t in told] == [(9, True), (15, False)]
+    model, keys = df.load_checkpoint("model.pt")[0], play.Keys(2, True)
+    given = torch.full((1, 4, 3, 8, 8), 99 / 127.5 - 1), torch.full((1, 4, 2), 5.0)
+    worlds = [play.world(model, *given, keys, 2, number) for number in (7, 8)]
+    expected = [frame for world in worlds for frame in itertools.islice(world, 6)]
+    assert (told[0][2] == sample.to_bytes(torch.cat(expected))).all(), "each world has the next seed"
+    for words in ("still.pt", "both.pt", "no.pt", "model.pt --fps 0", "model.pt --out a.npy --context a.npy"):
+        line = said(play.main, *words.split(), code=2).splitlines()[-1]
+        assert "error:" in line and (words.split()[0] in line or words.split()[1] in line), line
+
+
+@pytest.mark.play
+def test_the_terminal_is_as_before_while_it_is_halted_and_at_the_end(said):
+    pty, termios = map(pytest.importorskip, ("pty", "termios"))
+    shell = 'stty rows 24 cols 80; set -m; "$@"; echo halted; read line; fg; echo status $?'  # it can halt a program
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = [sys.executable, play.__file__, "model.pt", "--device", "cpu", "--steps", "2", "--out", "o.npy"]
+        os.execvpe("sh", ["sh", "-c", shell, "sh", *words], os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"})
+
+    before, shown = termios.tcgetattr(terminal), b""
+    for keys, text, ended in ((b"", b"action 0 0", False), (b"\x1bOC", b"action 1 0", False),  # an arrow to the right
+                              (b"\x1a", b"halted", True), (b"\n", b"action 0 0", False), (b"q", b"status 0", True)):
+        os.write(terminal, keys)
+        start, end = len(shown), time.monotonic() + 60
+        while text not in shown[start:]:
+            assert time.monotonic() < end, f"never shown: {text}\n{shown[-500:]}"
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown += os.read(terminal, 65536)
+        normal_screen = shown.rfind(b"\x1b[?1049l") > shown.rfind(b"\x1b[?1049h")
+        assert [normal_screen, termios.tcgetattr(terminal)[:4] == before[:4]] == [ended, ended], text
+    os.waitpid(pid, 0)
+    assert len(np.load("o.npy")) > 0, "--out keeps what was played"
