@@ -500,9 +500,8 @@ class Denoiser(nn.Module):
 
         depth = len(self.encoder)
         old = [None] * (2 * depth + 1) if state is None else state  # one for each block
-        new = list(old)
+        skips, new = [], list(old)
         pattern = self.middle.mixer.pattern(T, old[depth], two_streams, x.device)
-        skips = []
         h = F.pixel_unshuffle(x.flatten(0, 1), self.config.patch)  # (BT, C*p*p, H/p, W/p)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
         for i in range(depth):
@@ -642,8 +641,9 @@ class TemporalGRU(nn.Module):
 
     def run(self, x, hidden):
         """x (N, T, C), the hidden state before it (N, C) -> the one after each frame (N, T, C)."""
-        parts = zip(x.split(MOST), hidden[None].split(MOST, 1))
-        return torch.cat([self.gru(*part)[0] for part in parts])
+        if len(x) > MOST:
+            return torch.cat([self.run(*part) for part in zip(x.split(MOST), hidden.split(MOST))])
+        return self.gru(x, hidden[None])[0]
 
 
 MIXERS = {"attention": TemporalAttention, "gru": TemporalGRU}

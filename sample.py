@@ -68,7 +68,7 @@ def load_inputs(args, config):
     clips = [read_clip(path, config.height, config.width, (length - 1) * stride + 1)[::stride]
              for path in args.context]
     for path, clip in zip(args.context, clips):
-        need(len(clip) == length, f"{path}: {len(clip)} of {length} frames needed, at stride {stride}")
+        need(len(clip) == length, f"{path}: {len(clip)} of {length} frames (stride {stride})")
     x = to_frames(np.repeat(clips, args.batch, 0), args.device) if clips else None
     context, keyframes = x[:, :known] if known else None, {t: x[:, t] for t in args.keyframes}
     if args.actions == "unknown":
@@ -183,7 +183,7 @@ def is_small(model):
 
 @contextlib.contextmanager
 def mistakes(*kinds):
-    """One line and exit status 2 for files, memory, Ctrl-C and `kinds`; all else is a bug of ours."""
+    """One line and exit status 2 for files, memory, Ctrl-C and kinds; all else is a bug of ours."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError, KeyboardInterrupt, *kinds) as error:

@@ -222,9 +222,9 @@ def parse_args():
     add("--overwrite", action="store_true", help="replace --out if it exists")
 
     given, model, saved = p.parse_args(), None, dict(settings={})
-    out, resume, device = given.out, given.out.with_suffix(".resume.pt"), torch.device(given.device)
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    need(out.suffix == ".pt" and not out.is_dir(), f"--out {out}: a name like model.pt is needed")
+    need(given.out.suffix == ".pt" and not given.out.is_dir(), "--out is not a name like model.pt")
+    out, resume = given.out, given.out.with_suffix(".resume.pt")
+    capable = "cuda" in given.device and torch.cuda.get_device_capability(given.device) >= (8, 0)
     if given.resume:
         model, extra = load_checkpoint(resume)
         need("training" in extra, f"{resume} is of another train.py: --overwrite starts anew")

@@ -145,8 +145,8 @@ def test_two_pixels_share_a_character(monkeypatch, capsys):
 
 
 def played(monkeypatch, keys, action_dim=2, digits=False, context=2, fps=1e6):
-    """Presses keys {frame: [key, ...]} while that frame, counted over all worlds, is on the screen -> what led to the
-    frames after the context, for each world; the lines and the frames that were shown; how long it waited for keys."""
+    """keys: {number of a frame, over all worlds: keys to press while it is shown} -> the actions of frames after the
+    context, for each world; the lines and the frames that were shown; how long it waited for keys, each time."""
     def getch():
         assert len(waits) < 3000, "it never ends"
         left = pressed.get(len(kept) - 1)
@@ -158,15 +158,16 @@ def played(monkeypatch, keys, action_dim=2, digits=False, context=2, fps=1e6):
         for number in itertools.count():
             spies.append(Spy(height=8, width=8, action_dim=action_dim))
             given = torch.zeros(1, context, 3, 8, 8), torch.full((1, context, action_dim), 9.0)
-            yield play.world(spies[-1], *(given if context else (None, None)), hands, 2, number)
+            yield play.world(spies[-1], *(given if context else (None, None)), hands, 3, number)
 
     spies, lines, kept, waits, hands = [], [], [], [], play.Keys(action_dim, digits)
     pressed = {t: list(row) for t, row in keys.items()}
     monkeypatch.setattr(play.curses, "curs_set", lambda visible: None)
     monkeypatch.setattr(play, "draw", lambda image, line: lines.append(line))
     play.play(SimpleNamespace(getch=getch, timeout=waits.append), worlds(), hands, fps, kept.append)
-    first = 0 if context else 8  # calls for a first frame; all others take 2
-    return [[call["actions"][0, -1].tolist() for call in spy.calls[first::2]] for spy in spies], lines, kept, waits
+    first = 0 if context else 12  # calls for a first frame; all others take 3
+    assert all((spy.calls[0]["actions"][:, 0] == (9 if context else hands.idle)).all() for spy in spies if spy.calls)
+    return [[call["actions"][0, -1].tolist() for call in spy.calls[first::3]] for spy in spies], lines, kept, waits
 
 
 @pytest.mark.play
@@ -214,13 +215,13 @@ def test_options_reach_the_world_and_a_whole_file_is_left(said, monkeypatch):
     assert "terminal" in said(play.main, "model.pt", code=2), "here is none"
     monkeypatch.setattr(play.os, "isatty", lambda fd: True)
     said(play.main, *"model.pt --context a.npy --fps 9 --seed 7 --steps 2 --keys digits --out 1.npy".split())
-    said(play.main, *"model.pt --out 2.npy".split(), code=128 + signal.SIGHUP)
-    assert len(np.load("1.npy")) == len(np.load("2.npy")) == 1 and [t[:2] for t in told] == [(9, True), (15, False)]
-    model, keys = df.load_checkpoint("model.pt")[0], play.Keys(2, True)
-    given = torch.full((1, 4, 3, 8, 8), 99 / 127.5 - 1), torch.full((1, 4, 2), 5.0)
-    worlds = [play.world(model, *given, keys, 2, number) for number in (7, 8)]
-    expected = [frame for world in worlds for frame in itertools.islice(world, 6)]
-    assert (told[0][2] == sample.to_bytes(torch.cat(expected))).all(), "each world has the next seed"
+    said(play.main, "model.pt", "--out", "2.npy", code=128 + signal.SIGHUP)
+    assert len(np.load("1.npy")) == len(np.load("2.npy")) == 1, "whole, after Ctrl-C and in a closed window"
+    assert [t[:2] for t in told] == [(9, True), (15, False)] and handlers[signal.SIGTSTP] == play.halt
+    model, context = df.load_checkpoint("model.pt")[0], torch.full((1, 4, 3, 8, 8), 99 / 127.5 - 1)
+    K, actions = df.scheduling_matrix("autoregressive", 1, 2), torch.tensor([[[5.0, 5]] * 4 + [[1, 0]] * 2])
+    frames = [frame for n in (7, 8) for frame in df.rollout(model, K, 6, context, actions=actions, generator=seed(n))]
+    assert (told[0][2] == sample.to_bytes(torch.cat(frames))).all(), "each world has the next seed"
     for words in ("still.pt", "both.pt", "no.pt", "model.pt --fps 0", "model.pt --out a.npy --context a.npy"):
         line = said(play.main, *words.split(), code=2).splitlines()[-1]
         assert "error:" in line and (words.split()[0] in line or words.split()[1] in line), line
@@ -246,5 +247,4 @@ def test_the_terminal_is_as_before_while_it_is_halted_and_at_the_end(said):
                 shown += os.read(terminal, 65536)
         normal_screen = shown.rfind(b"\x1b[?1049l") > shown.rfind(b"\x1b[?1049h")
         assert [normal_screen, termios.tcgetattr(terminal)[:4] == before[:4]] == [ended, ended], text
-    os.waitpid(pid, 0)
-    assert len(np.load("o.npy")) > 0, "--out keeps what was played"
+    assert os.waitpid(pid, 0)[0] == pid and len(np.load("o.npy")) > 0, "--out keeps what was played"
