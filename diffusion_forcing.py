@@ -698,10 +698,10 @@ def zero(layer):
 # ==== 11. Checkpoints: what is at `path` is always whole. ========================================
 
 @contextmanager
-def atomic_write(path, own=""):
-    """-> a path to write to, which takes the place of `path` at the end, or goes if anything fails.
-    own: a mark of this process, for files that several may write at once."""
-    temporary = Path(f"{path}{own}.tmp")
+def atomic_write(path):
+    """-> a path to write to, of this process alone. At the end, it takes the place of `path`; if
+    anything fails, it is removed."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

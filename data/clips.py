@@ -253,7 +253,7 @@ def cached_clip(file, height, width, cache):
         return path, len(load_npy(path))
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with (atomic_write(path, f".{os.getpid()}") as temporary,
+        with (atomic_write(path) as temporary,
               video_writer(temporary, height, width, suffix=".npy") as write):
             for frame in read_frames(file, height, width):  # a long video does not fit in memory
                 write(frame)
