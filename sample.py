@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -23,27 +24,25 @@ from data.clips import (CODECS, read_actions, read_clip, side_file, to_bytes, to
 from diffusion_forcing import (SCHEDULES, SOLVERS, load_checkpoint, need, rollout, sample,
                                scheduling_matrix)
 
-STEPS, UNCERTAINTY = 8, 2.0  # chosen by rollouts of balls and of real clips
-SUITS = {"diffusion": "pyramid", "teacher": "autoregressive", "full_sequence": "full_sequence"}
+STEPS, UNCERTAINTY = 8, 2.0  # of a frame, of the pyramid: chosen by rollouts
+SCHEDULE = {"diffusion": "pyramid", "teacher": "autoregressive", "full_sequence": "full_sequence"}
 
 
 def generate(model, num_frames, context=None, *, schedule=None, steps=STEPS,
              uncertainty=UNCERTAINTY, keyframes=None, actions=None, **options):
-    """-> iterator over num_frames frames (B, C, H, W), context first (None: without an end). The
-    schedule, if none is told, is the one that suits the model. All else is as in `sample` and in
-    `rollout`. Raises ValueError for what cannot be."""
+    """-> iterator over num_frames frames (B, C, H, W), context first (None: without an end), by the
+    schedule that suits the model, or another. All else is as in `sample` and `rollout`."""
     config = model.config
     known = 0 if context is None else context.shape[1]
-    need(num_frames is None or num_frames > known, "--frames counts the context: none is left")
+    need(num_frames is None or num_frames > known, "--frames counts the context: take more")
     if not config.causal:  # frames see later ones, so all of them are made together
         schedule = schedule or "full_sequence"
         matrix = scheduling_matrix(schedule, num_frames - known, steps, uncertainty)
         clip = sample(model, matrix, context, keyframes=keyframes, actions=actions, **options)
         return iter(clip.unbind(1))
-
     need(not keyframes and schedule != "trapezoid",
          "--keyframes and --schedule trapezoid need a bidirectional model, which looks ahead")
-    schedule = schedule or SUITS[config.forcing]
+    schedule = schedule or SCHEDULE[config.forcing]
     columns = 1 if schedule in ("autoregressive", "pyramid") else config.clip_frames
     matrix = scheduling_matrix(schedule, columns, steps, uncertainty)
     if context is None and columns == 1:  # no history says where things are: more steps
@@ -120,7 +119,8 @@ def main(argv=None, wrap=None):
             model, _ = load_checkpoint(args.ckpt, args.device)
             config = model.config
             config.context_noise = args.context_noise or config.context_noise
-            args.frames = args.frames or (config.clip_frames if makes_whole_clips(config) else 256)
+            whole = min(config.clip_frames, config.window) if makes_whole_clips(config) else 256
+            args.frames = args.frames or whole
             context, keyframes, actions = load_inputs(args, config)
             model = wrap(model, args) if wrap else model
             stack.callback(torch.set_num_threads, torch.get_num_threads())  # as they were
@@ -140,7 +140,7 @@ def main(argv=None, wrap=None):
                     write(image)
                 bar.update()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped: {args.out} is whole, with {bar.n} frames")
+            raise KeyboardInterrupt(f"stopped: {paths[0]} is whole, with {bar.n} frames")
 
 
 def output_paths(args):
@@ -188,10 +188,10 @@ def mistakes(*kinds):
         yield
     except (OSError, RuntimeError, MemoryError, KeyboardInterrupt, *kinds) as error:
         message = str(error) or "stopped; what was written before is whole"
-        if isinstance(error, MemoryError) or "of memory" in message or "alloc" in message.lower():
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if not (type(error) is MemoryError or re.search("of memory|alloc", message, re.I)):
+                raise
             message = "out of memory: a smaller --batch, --size, --clip-frames or --preset helps"
-        elif isinstance(error, RuntimeError):
-            raise
         tqdm.write(f"error: {message.splitlines()[0]}", sys.stderr)
         sys.exit(2)
 

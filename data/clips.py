@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffusion_forcing import atomic_write, need
 
-READING = 2  # goes up when pixels are read in another way: what is in the cache is read anew
+VERSION = 2  # of reading: goes up when pixels change, so that what is in the cache is read anew
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".3gp", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 NO_CLIPS = (".actions.npy", ".preview.mp4", ".rollout.mp4")  # the last two are train.py's
@@ -39,7 +39,7 @@ def read_clip(path, height, width, limit=None):
 
 
 def read_frames(path, height, width):
-    """-> the same, frame by frame. Where a clip breaks, a line says so, and it ends."""
+    """-> the frames of `read_clip`, one by one. Where a clip breaks it ends, and a line says so."""
     count = 0
     try:
         for count, frame in enumerate(decode(Path(path), height, width), 1):
@@ -135,7 +135,7 @@ def end_of(process, complaints, path):
         complaints.seek(0)
         said = re.sub(r"\[.*? @ .*?\] ", "", complaints.read().decode(errors="replace")).strip()
     if code not in range(255) or (code and not said):
-        raise OSError(code, "ffmpeg was killed", str(path))
+        raise OSError(5, "ffmpeg was killed", str(path))
     return said.partition("\n")[0]
 
 
@@ -179,7 +179,7 @@ class Clips:
         cache = Path(os.path.expanduser(cache or "~/.cache/diffusion_forcing"))
         need(cache.parts[0] != "~", "there is no home folder: --cache is needed")
         self.stride, self.span = stride, (num_frames - 1) * stride + 1  # frames that a clip spans
-        self.clips, luck = [], []  # clips: path, length, actions (T, A) or None
+        self.clips, hashes = [], []  # clips: path, length, actions (T, A) or None
         files, others = find_clips(folder, cache)
         for file in tqdm(files, f"decoding to {cache}", unit=" clips", disable=quiet):
             try:
@@ -193,13 +193,13 @@ class Clips:
                 continue
             self.clips.append((path, length, rows))
             name = os.fsencode(file.relative_to(folder).as_posix())
-            luck.append(int(hashlib.sha256(name).hexdigest(), 16) / 2**256)  # 0 to 1
+            hashes.append(int(hashlib.sha256(name).hexdigest(), 16) / 2**256)  # 0 to 1
 
         widths = {rows.shape[1] for *_, rows in self.clips if rows is not None}
         need(self.clips, f"--data {folder}: no clip of {self.span} frames or more, {others} others")
         need(len(widths) < 2, f"--data {folder}: actions of different widths, {sorted(widths)}")
-        self.action_dim, luck = max(widths, default=0), np.array(luck)
-        held = (len(luck) >= 10) & ((luck < 0.1) | (luck == luck.min()))  # whole clips, for ever
+        self.action_dim, hashes = max(widths, default=0), np.array(hashes)
+        held = (len(hashes) >= 10) & ((hashes < 0.1) | (hashes == hashes.min()))  # whole clips
         starts = np.array([length - self.span + 1 for _, length, _ in self.clips])
         self.weight = {False: starts * ~held, True: starts * held}  # long clips come more often
         self.held_out = bool(held.any())
@@ -247,7 +247,7 @@ def cached_clip(file, height, width, cache):
     """-> path and length of a .npy, uint8 (T, H, W, 3), named by all that it was made from."""
     parts = list_images(file) if file.is_dir() else [file]
     made_from = [(os.path.abspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-    name = hashlib.sha256(f"{READING} {made_from} {height} {width}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"{VERSION} {made_from} {height} {width}".encode()).hexdigest()[:24]
     path = cache / f"{name}.npy"
     with contextlib.suppress(ValueError):  # it is not there yet, or damaged
         return path, len(load_npy(path))
@@ -289,9 +289,11 @@ def video_writer(path, height, width, fps=15, suffix=None):
         *options, f"file:{path}", stdin=subprocess.PIPE)
     try:
         yield lambda frame: process.stdin.write(frame.tobytes())
+    except BrokenPipeError:  # it has ended before, and says why
+        pass
     finally:
-        with contextlib.suppress(OSError):  # it has ended before, and said why
+        with contextlib.suppress(OSError):
             process.stdin.close()
         said = end_of(process, complaints, path)
-        if said:
-            raise OSError(5, said, str(path))
+    if said:
+        raise OSError(5, said, str(path))

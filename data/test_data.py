@@ -456,7 +456,7 @@ def test_the_cache_knows_what_a_clip_was_made_from(tmp_path, monkeypatch):
         file.write_bytes(file.read_bytes()[:200])  # after a power failure
     assert greys(clips_of(clips)) == {30, 20}, "a damaged file in the cache is decoded anew"
     count = len(list(cache.iterdir()))
-    monkeypatch.setattr(module, "READING", module.READING + 1)
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
     clips_of(clips)
     assert len(list(cache.iterdir())) == count + 2, "another way of reading decodes anew"
     inside = [Clips(clips, 8, 8, 4, cache=clips / "cache", quiet=True) for _ in range(2)]
