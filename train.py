@@ -45,12 +45,12 @@ PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, 
     "base": dict(size=[64], batch=32, lr=3e-4, warmup=1000, ema=0.9995, minutes=240.0, dim=128,
                  dim_mults=(1, 2, 3, 4), save_minutes=10),
 }
-SUITS = {"diffusion": (-0.6, 2.4), "bidirectional": (0.6, 2.0), "teacher": (-0.6, 1.6),
+NOISE = {"diffusion": (-0.6, 2.4), "bidirectional": (0.6, 2.0), "teacher": (-0.6, 1.6),
          "full_sequence": (0.4, 1.6)}  # P_mean and P_std of Config, chosen by rollouts
 MAY_CHANGE = ("data", "cache", "steps", "minutes", "lr")  # settings, when a run is resumed
 NOT_SAVED = ("out", "device", "fast", "resume", "overwrite")  # of no use to --resume
 MEASURE, PREVIEW, VALIDATE = 2**60, 2**61, 2**62  # for `draw`: no step has such a number
-# loss: of training, divided by what is expected. *_noise: the plain one, of held-out clips.
+# loss: of training, as `Objective` has it: may be negative. *_noise: plain, of held-out clips.
 LOG = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of the processes on this machine
@@ -97,11 +97,11 @@ def load_data(s):
     if not s.data:
         need(s.size[0] == s.size[1] and s.stride == 1, "balls need a square --size, no --stride")
         return Balls(s.size[0], push=not s.no_push)
-    folder = (s.data, *s.size, s.clip_frames, s.stride, s.cache)
-    clips = Clips(*folder) if LOCAL_RANK == 0 else None  # one process of a machine decodes for all
+    args = (s.data, *s.size, s.clip_frames, s.stride, s.cache)
+    clips = Clips(*args) if LOCAL_RANK == 0 else None  # one process of a machine decodes for all
     if WORLD > 1:
         dist.barrier()
-    return clips or Clips(*folder, quiet=True)
+    return clips or Clips(*args, quiet=True)
 
 
 def draw(data, s, n, num_frames, step, held=False, rank=0):
@@ -131,7 +131,7 @@ def new_model(s, data):
     need(deviation > 1e-4, f"--data {s.data}: all is of one colour, so there is nothing to learn")
     known = actions[np.isfinite(actions).all(-1)].astype(float)  # (N,A): float32 could overflow
     scale = np.sqrt((known**2).sum(0) / max(1, len(known)))  # (A,)
-    P_mean, P_std = SUITS["bidirectional" if s.bidirectional else s.forcing]
+    P_mean, P_std = NOISE["bidirectional" if s.bidirectional else s.forcing]
     looks_ahead = s.bidirectional or (s.forcing == "full_sequence" and s.temporal != "gru")
     torch.manual_seed(s.seed)
     return Denoiser(Config(
@@ -196,7 +196,7 @@ def average(numbers):
 
 
 def parse_args():
-    """-> settings; with --resume, the averaged model, and what else was saved. ValueError."""
+    """-> settings; the averaged model, or None; what else --resume found. Raises ValueError."""
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--data", help="folder of clips, any depth (default: the bouncing balls)")
@@ -243,11 +243,11 @@ def parse_args():
     for name, was in saved["settings"].items():
         option, same = f"--{name.replace('_', '-')}", getattr(s, name) == was
         need(same or name in MAY_CHANGE, f"{option} cannot change: {resume} has {was}")
-    need(s.seed >= 0, f"--seed {s.seed}: at least 0 is needed")
+    need(0 <= s.seed < 2**63, f"--seed {s.seed}: 0 or more, and below 2**63, is needed")
     need(s.batch % WORLD == 0, f"--batch {s.batch}: a multiple of the {WORLD} processes is needed")
     need(not s.bidirectional or (s.forcing, s.temporal) == ("diffusion", "attention"),
          "--bidirectional is for --forcing diffusion and --temporal attention")
-    Config(height=s.size[0], width=s.size[1], dim=s.dim, dim_mults=s.dim_mults)  # do they suit?
+    Config(height=s.size[0], width=s.size[1], dim=s.dim, dim_mults=s.dim_mults)  # is --size right?
     tempfile.NamedTemporaryFile(prefix=f"{out.name}.", dir=out.parent).close()  # can be written?
     return s, model, saved
 
@@ -344,12 +344,12 @@ def main():
         loss.backward()
         lr = s.lr * min(1, (step + 1) / s.warmup) * min(1, 2 * (1 - done))  # up, constant, down
         optimizer.param_groups[0]["lr"] = lr
-        nn.utils.clip_grad_norm_(weights, 10.0)
+        norm = nn.utils.clip_grad_norm_(weights, 10.0)
         optimizer.step()
         optimizer.zero_grad()
         decay = min(s.ema, (step + 1) / (step + 10))  # a short memory at first
         torch._foreach_lerp_([*ema.parameters()], [w.data for w in model.parameters()], 1 - decay)
-        step, total, count = step + 1, total + loss.detach(), count + 1
+        step, count, total = step + 1, count + 1, total + loss.detach() + 0 * norm  # NaN if it is
         elapsed, stopped = average([time.monotonic() - start, len(stop)])
 
     # The end: of the run, or until it is resumed.
