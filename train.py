@@ -291,7 +291,7 @@ def main():
             raise KeyboardInterrupt
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup: SIGHUP
             signal.signal(number, ask_to_stop)
     progress = lambda: min(1, max(step / s.steps, elapsed / 60 / s.minutes))
     bar = tqdm(total=1, initial=progress(), disable=RANK > 0,
