@@ -1440,7 +1440,8 @@ def test_a_mistake_is_one_line_and_status_two(tmp_path, run, words, named):
 
 
 @pytest.mark.cli
-def test_a_batch_depends_on_seed_step_and_rank_and_64_clips_are_measured(monkeypatch):
+def test_a_batch_depends_on_seed_step_and_rank_and_64_clips_are_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no model.pt is
     monkeypatch.setattr(sys, "argv", ["train.py", "--device", "cpu"])
     s, data, rng = train.parse_args()[0], train.Balls(16), np.random.default_rng(0)
     draw = lambda step, seed=0, n=2, **options: train.draw(data, Namespace(seed=seed), n, 4, step, **options)
