@@ -282,12 +282,12 @@ def main():
     print(f"{sum(w.numel() for w in weights) / 1e6:.2f} M weights, preset {s.preset}, {s.device}")
 
     # Ctrl-C and its like: the step is finished, and saved. A second Ctrl-C ends at once.
-    stop, saving, finished = [], False, False
+    signals, saving, all_saved = [], False, False
 
     def ask_to_stop(number, frame):
-        stop.append(number)
-        impatient = number == signal.SIGINT and len(stop) > 1 and WORLD == 1  # torchrun sends two
-        if (impatient or finished) and not saving:
+        signals.append(number)
+        impatient = number == signal.SIGINT and len(signals) > 1 and WORLD == 1  # torchrun: two
+        if (impatient or all_saved) and not saving:
             raise KeyboardInterrupt
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -350,7 +350,7 @@ def main():
         decay = min(s.ema, (step + 1) / (step + 10))  # a short memory at first
         torch._foreach_lerp_([*ema.parameters()], [w.data for w in model.parameters()], 1 - decay)
         step, count, total = step + 1, count + 1, total + loss.detach() + 0 * norm  # NaN if it is
-        elapsed, stopped = average([time.monotonic() - start, len(stop)])
+        elapsed, stopped = average([time.monotonic() - start, len(signals)])
 
     # The end: of the run, or until it is resumed.
     bar.close()
@@ -359,7 +359,7 @@ def main():
         dist.destroy_process_group()  # threads that outlive Python abort the process
     if stopped:
         sys.exit(f"stopped and saved at step {step}; the same command with --resume goes on")
-    finished = True
+    all_saved = True
     if RANK == 0:
         preview(s.out.with_suffix(".rollout.mp4"), ema, data, s, 256)
     print(f"{step} steps in {elapsed / 60:.1f} minutes; next: python sample.py --ckpt {s.out}")
