@@ -1606,3 +1606,13 @@ def test_expected_loss_learns_what_loss_a_frame_and_its_past_let_expect():
     sigma = torch.tensor([[0.01, 10.0, 10.0, 0.01]])
     expected = model(sigma, sigma).exp()[0].tolist()
     assert expected == pytest.approx([4, 0.01, 4, 4], rel=0.3), "the mean loss; before frame 0 there is only noise"
+
+
+@pytest.mark.cli
+def test_a_clip_of_any_name_is_told_and_an_emptied_cache_is_one_line(tmp_path, run):
+    make_clips(tmp_path / "clips")
+    (tmp_path / "clips" / os.fsdecode(b"odd\xff.mp4")).write_bytes(b"no video")  # no terminal can print this
+    empty = lambda: [file.unlink() for file in (tmp_path / "c").glob("*.npy")] and None
+    said = run("--data clips --cache c --steps 40", at={3: empty}, code=2)
+    assert "skipped" in said and "odd" in said, "a clip that is skipped is told, whatever its name"
+    assert said.count("error: ") == 1 and ".npy" in said and "Traceback" not in said, "a file is missing: one line says so"
