@@ -101,7 +101,7 @@ def load_npy(path):
 
 def read_video(path, height, width):
     """-> all coded frames, whatever their time stamps. Raises ValueError, OSError."""
-    need(path.is_file(), f"{path}: there is no such file or folder")  # or it is a pipe
+    need(path.is_file(), f"{path}: there is no such file or folder, or it is a pipe")
     cover = (f"scale='max({width},ceil({height}*dar))':'max({height},ceil({width}/dar))':"  # dar:
              f"flags=area,format=rgb24,crop={width}:{height}")  # width / height as it is shown
     if path.suffix.lower() == ".gif":  # what is transparent becomes black; 8 bits would round
@@ -189,7 +189,7 @@ class Clips:
                 rows = read_actions(side, stride) if os.path.lexists(side) else None
                 need(rows is None or len(rows) >= length, f"{side}: {length} rows are needed")
             except (ValueError, FileNotFoundError) as error:  # a link that leads nowhere
-                tqdm.write(f"skipped {error}")
+                tqdm.write(f"skipped {file}: {str(error).removeprefix(f'{file}: ')}")
                 continue
             self.clips.append((path, length, rows))
             name = os.fsencode(file.relative_to(folder).as_posix())
