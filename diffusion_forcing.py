@@ -100,11 +100,14 @@ class Config:
         self.data_mean = tuple(float(m) for m in self.data_mean) or (0.0,) * self.channels
         self.action_scale = tuple(float(a) for a in self.action_scale) or (1.0,) * self.action_dim
         for name in ("height", "width", "channels", "clip_frames", "stride", "sigma_data", "window",
-                     "patch", "dim", "head_dim", "P_std", "sigma_min", "rho", "context_noise"):
-            value = getattr(self, name)
-            need(0 < value < math.inf, f"{name} is {value}; a number above 0 is needed")
+                     "patch", "dim", "head_dim", "sigma_min", "rho", "context_noise"):
+            need(0 < vars(self)[name] < math.inf, f"{name} is {vars(self)[name]}, not above 0")
         need(self.sigma_min < self.sigma_max < math.inf,
              f"sigma_max is {self.sigma_max}; more than sigma_min, {self.sigma_min}, is needed")
+        need(self.P_std >= 0 and 0 <= self.alternating <= 1, "P_std >= 0, alternating in 0 to 1")
+        need(len(self.data_mean) == self.channels, f"data_mean: {self.channels} numbers are needed")
+        need(len(self.action_scale) == self.action_dim and min(self.action_scale, default=1) > 0,
+             f"action_scale {self.action_scale}: {self.action_dim} numbers above 0 are needed")
         multiple = self.patch * 2 ** (len(self.dim_mults) - 1)
         need(self.height % multiple == 0 and self.width % multiple == 0,
              f"frames of {self.height}x{self.width}: multiples of {multiple} are needed")
@@ -195,7 +198,6 @@ def loss_weight(sigma, sigma_data):
 def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, generator=None,
                            expected_loss=None):
     """The weighted denoising loss of clips x (B, T, C, H, W) -> scalar, for config.forcing:
-
       "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
       "teacher"        next-frame prediction: each has its own sigma (none alternates), but its past
@@ -321,7 +323,6 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     by default M, so that no two overlap. If the matrix has one column (S, S - 1 ... 0), each frame
     is a copy, and `period` is the u of an endless pyramid, which takes u calls for each frame:
     rollout(model, scheduling_matrix("pyramid", 1, S), num_frames=None, period=u).
-
     num_frames counts the context; None: go on for ever, or until the actions end. actions may also
     be an iterator over (B, A). It is asked for the action of frame t when that frame starts: in an
     endless pyramid, after frame t - S / u was yielded. All else is as in `sample`.
@@ -448,7 +449,7 @@ class Denoiser(nn.Module):
         pairs = list(zip(dims, dims[1:]))
         channels_in = config.channels * config.patch**2
         E = 4 * config.dim  # width of the embedding that tells every block about its frame
-        mean = torch.tensor(config.data_mean).view(config.channels, 1, 1)
+        mean = torch.tensor(config.data_mean)[:, None, None]  # (C,1,1)
         self.register_buffer("data_mean", mean, persistent=False)
         self.register_buffer("action_scale", torch.tensor(config.action_scale), persistent=False)
         self.register_buffer("frequency", torch.logspace(-0.5, 1.5, E // 4), persistent=False)
@@ -699,8 +700,7 @@ def zero(layer):
 
 @contextmanager
 def atomic_write(path):
-    """-> a path to write to, of this process alone. At the end, it takes the place of `path`; if
-    anything fails, it is removed."""
+    """-> a path of this process alone. It takes the place of `path` at the end, or is removed."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -53,9 +53,10 @@ def generate(model, num_frames, context=None, *, schedule=None, steps=STEPS,
     return rollout(model, matrix, num_frames, context, period=period, actions=actions, **options)
 
 
-def makes_whole_clips(config):
-    """Whether a model has learned to make the frames of a clip all together."""
-    return config.forcing == "full_sequence" or not config.causal
+def fitting_length(config, num_frames):
+    """-> num_frames, or those of one clip, if the model makes all frames of a clip together."""
+    together = config.forcing == "full_sequence" or not config.causal
+    return min(config.clip_frames, config.window) if together else num_frames
 
 
 def load_inputs(args, config):
@@ -119,8 +120,7 @@ def main(argv=None, wrap=None):
             model, _ = load_checkpoint(args.ckpt, args.device)
             config = model.config
             config.context_noise = args.context_noise or config.context_noise
-            whole = min(config.clip_frames, config.window) if makes_whole_clips(config) else 256
-            args.frames = args.frames or whole
+            args.frames = args.frames or fitting_length(config, 256)
             context, keyframes, actions = load_inputs(args, config)
             model = wrap(model, args) if wrap else model
             stack.callback(torch.set_num_threads, torch.get_num_threads())  # as they were

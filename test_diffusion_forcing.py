@@ -97,8 +97,10 @@ def flat(state):
     dict(stride=0), dict(window=0), dict(patch=0), dict(dim=0), dict(dim=12, head_dim=8), dict(dim=24, head_dim=3),
     dict(head_dim=6), dict(head_dim=0), dict(dim_mults=()), dict(dim_mults=(0,)), dict(dim_mults=(1, 1, 1, 1)),
     dict(sigma_data=0.0), dict(sigma_data=math.nan), dict(sigma_min=0), dict(sigma_min=90), dict(sigma_max=math.inf),
-    dict(rho=0.0), dict(P_std=-1.0), dict(context_noise=0.0), dict(temporal="lstm"), dict(forcing="nonsense"),
-    dict(causal=False, temporal="gru"), dict(causal=False, forcing="teacher")])
+    dict(rho=0.0), dict(P_std=-1.0), dict(alternating=2), dict(data_mean=(0.0,)),
+    dict(action_dim=1, action_scale=(0.0,)), dict(action_dim=2, action_scale=(1.0,)), dict(context_noise=0.0),
+    dict(temporal="lstm"), dict(forcing="nonsense"), dict(causal=False, temporal="gru"),
+    dict(causal=False, forcing="teacher")])
 def test_configs_that_cannot_work_are_refused(wrong):
     refused(f"a Config with {wrong}", tiny, **wrong)
 
@@ -193,6 +195,7 @@ def test_full_sequence_has_one_level_a_clip():
     z = log_sigmas(500, 4, forcing="full_sequence")
     assert (z == z[:, :1]).all(), "full_sequence: one sigma for all frames"
     assert z[:, 0].unique().numel() == 500, "full_sequence: but one for every clip"
+    assert df.sample_noise_levels(2, 3, tiny(P_std=0.0)).unique().numel() == 1, "a P_std of 0 is one level for all"
 
 
 @pytest.mark.noise
@@ -1133,7 +1136,7 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path, version):
 
 @pytest.mark.checkpoint
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    model, path, real = random_denoiser(), tmp_path / "m.pt", os.replace
+    model, path = random_denoiser(), tmp_path / "m.pt"
     df.save_checkpoint(path, model.config, model.state_dict(), step=1)
     renamed = []
 

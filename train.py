@@ -36,7 +36,7 @@ from data.balls import Balls
 from data.clips import Clips, to_bytes, to_frames, video_writer
 from diffusion_forcing import (FORCINGS, MIXERS, Config, Denoiser, diffusion_forcing_loss,
                                edm_scalings, load_checkpoint, need, save_checkpoint, zero)
-from sample import (generate, is_small, makes_whole_clips, mistakes, positive, positive_float,
+from sample import (fitting_length, generate, is_small, mistakes, positive, positive_float,
                     working_device)
 
 PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, for a GPU.
@@ -145,7 +145,7 @@ def new_model(s, data):
 def preview(path, model, data, s, num_frames):
     """Writes a video: four real clips above, rollouts from their first frames below."""
     config = model.config
-    num_frames = min(config.clip_frames, config.window) if makes_whole_clips(config) else num_frames
+    num_frames = fitting_length(config, num_frames)
     known = 0 if config.forcing == "full_sequence" else min(4, num_frames - 1)  # 0: from nothing
     x, actions, generator = to_device(draw(data, s, 4, num_frames, PREVIEW, data.held_out), s)
     threads = torch.get_num_threads()
