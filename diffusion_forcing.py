@@ -418,8 +418,7 @@ def check_call(matrix, num_frames, context, actions, solver, config, period=None
     need(solver in SOLVERS, f"solver is {solver!r}; it is one of {SOLVERS}")
     whole = matrix.ndim == 2 and matrix.numel() > 0 and not matrix.is_floating_point()
     need(whole and matrix[0].min() == matrix.max() > 0 and matrix[-1].max() == 0
-         and (matrix.diff(dim=0) <= 0).all(), "a scheduling matrix holds integers, from a row of S "
-         "to a row of 0, and never rises")
+         and (matrix.diff(dim=0) <= 0).all(), "a matrix has integers, rows of S to 0, never rising")
     if period is None:
         need(config.causal or num_frames <= config.window,
              f"{num_frames} frames; a bidirectional model has at most {config.window}, its window")
@@ -473,7 +472,7 @@ class Denoiser(nn.Module):
         actions  (B, T, A), [:, t] leads to frame t; NaN: unknown, unlike an action of zeros
         history  for teacher forcing: (x, sigma) of the same frames, with little noise; section 9
         """
-        self.check(x, sigma, actions, commit)
+        self.check(x, sigma, state, actions, commit, history)
         T = x.shape[1]
         commit = T if commit is None else commit
         if history is not None:
@@ -517,13 +516,14 @@ class Denoiser(nn.Module):
         h = F.pixel_shuffle(self.head(h), self.config.patch)  # (BT,C,H,W)
         return h.unflatten(0, (B, T)), tuple(new)
 
-    def check(self, x, sigma, actions, commit):
+    def check(self, x, sigma, state, actions, commit, history):
         """Raises ValueError for what does not fit."""
         (B, T), c = x.shape[:2], self.config
         need(x.shape[2:] == (c.channels, c.height, c.width) and sigma.shape == (B, T)
              and (actions is None or actions.shape == (B, T, c.action_dim)),
              f"x {tuple(x.shape)}, sigma or actions do not fit Config, or each other")
         need(commit is None or 0 <= commit <= T, f"commit is {commit}; 0 to {T} is needed")
+        need(history is None or (c.causal and state is None), "history: a causal model, no state")
         if sigma.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
             need((sigma > 0).all(), "sigma must be above 0: the network is told its logarithm")
 

@@ -878,6 +878,8 @@ def test_what_does_not_fit_is_refused():
         if not options:
             refused(f"loss: {what}", df.diffusion_forcing_loss, model, args[0], model.config, sigma=args[1])
     refused("actions for a model without", random_denoiser(), x, sigma, actions=torch.ones(1, 2, 2))
+    refused("history and state at once", model, x, sigma, model(x, sigma)[1], history=(x, sigma))
+    refused("history for a model that sees the future", random_denoiser(causal=False), x, sigma, history=(x, sigma))
     model(x, sigma, commit=2)  # both may
 
 
