@@ -34,9 +34,9 @@ so that what is computed of a frame is never final: all frames are in every call
 no `rollout` and no teacher forcing. `sample` makes one clip, of at most `window` frames. In return,
 any of them may be given: keyframes. Latents in place of pixels need another Config, no more: their
 channels, height, width, mean and deviation (first scale all channels to one), and patch = 1.
-Departures from the paper: EDM (arXiv 2206.00364) in place of DDPM; a step may use the D of the one
-before (`solver_step`); noise alternates in half of the clips (`alternate`); attention or a GRU at
-each place of a U-Net, not a convolutional GRU; the first row of a matrix comes first, not last.
+Departures from the paper: EDM in place of DDPM; a step may use the D of the one before
+(`solver_step`); noise alternates in half of the clips (`alternate`); attention or a GRU at each
+place of a U-Net, not a convolutional GRU; gates (section 8); a matrix begins with its first row.
 """
 
 import io
@@ -56,7 +56,7 @@ from torch import nn
 FORCINGS = ("diffusion", "full_sequence", "teacher")
 SCHEDULES = ("autoregressive", "pyramid", "full_sequence", "trapezoid")
 SOLVERS = ("euler", "multistep")
-VERSION = 2  # of the checkpoints
+VERSION = 3  # of the checkpoints
 
 
 @dataclass
@@ -81,6 +81,7 @@ class Config:
     dim: int = 32                    # channels at the highest resolution of the U-Net ...
     dim_mults: tuple = (1, 2)        # ... and their multiples, one for each resolution
     head_dim: int = 16               # channels of one attention head
+    gates: bool = True               # section 8; False: the plain network of EDM
 
     forcing: str = "diffusion"       # how to train: see diffusion_forcing_loss
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
@@ -145,9 +146,9 @@ def sample_noise_levels(batch_size, num_frames, config, generator=None):
 def alternate(normal, config, generator):
     """normal (B, T) -> the same, but config.alternating of the clips mix low and high noise, below
     and above the median. Each frame by itself stays standard normal. Causal: they take turns. What
-    an action does is learned from a frame that is too noisy to show it, after one that is not. Of
-    all neighbours, 7 % are such by chance (sigma < .1, then > 2, in Config units), and here 11 %.
-    Without it, it is learned late. Bidirectional: a random share is high, to be filled in."""
+    an action does is learned from a frame that is too noisy to show it, after one that is not: 11 %
+    of all neighbours (sigma < .1, then > 2, in Config units), and only 7 % without alternation.
+    Bidirectional: a random share is high, to be filled in."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -193,6 +194,11 @@ def loss_weight(sigma, sigma_data):
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
+def gain(sigma, sigma_data):
+    """-> s (B, T), by which gates multiply what the network says: see section 8."""
+    return (sigma_data / sigma).clamp(1, 25)
+
+
 # ==== 4. The training loss (paper, Algorithm 1). =================================================
 
 def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, generator=None,
@@ -204,7 +210,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
                        is a second copy of the clip, the `history` of section 8, with context_noise.
     sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t; None:
     they are unknown. expected_loss(sigma, sigma_seen) -> (B, T): a second network, trained with it,
-    says the logarithm of the loss. Divided by what it says, all frames count the same.
+    says the logarithm of the loss. Divided by what it says (and by `gain`), frames count the same.
     """
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
@@ -220,6 +226,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
     if expected_loss is not None:
         log_expected = expected_loss(sigma, sigma_seen)  # (B,T)
         loss = loss / log_expected.exp() + log_expected  # least where exp(.) is the mean loss
+        if config.gates:  # they multiply gradients by it: frames with little noise would prevail
+            loss = loss / gain(sigma, config.sigma_data)
     return loss.mean()
 
 
@@ -324,8 +332,7 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     is a copy, and `period` is the u of an endless pyramid, which takes u calls for each frame:
     rollout(model, scheduling_matrix("pyramid", 1, S), num_frames=None, period=u).
     num_frames counts the context; None: go on for ever, or until the actions end. actions may also
-    be an iterator over (B, A). It is asked for the action of frame t when that frame starts: in an
-    endless pyramid, after frame t - S / u was yielded. All else is as in `sample`.
+    be an iterator over (B, A), asked for a frame's action when it starts. All else: as in `sample`.
     """
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
@@ -437,6 +444,10 @@ def check_call(matrix, num_frames, context, actions, solver, config, period=None
 
 
 # ==== 8. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
+#    Gates: the head says two numbers, a and b, for each value of a frame. The whole network says
+#    s (a + b x), where x is its input and s = sigma_data / sigma, in 1 to 25. At low sigma, D is
+#    about mu + (1 + b) (x - mu) + sigma_data a: b = 0 keeps a value, b = -1 puts the guess a there.
+#    Without gates, the head has to say the noise, which normalizations and few channels hide.
 
 class Denoiser(nn.Module):
     """D(x; sigma): noisy frames and their sigma -> denoised frames, and the next state."""
@@ -461,8 +472,8 @@ class Denoiser(nn.Module):
         self.middle = Block(dims[-1], dims[-1], E, config, attend=True)
         self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairs)
         self.decoder = nn.ModuleList(Block(2 * d, d, E, config) for d in dims)
-        self.head = nn.Sequential(nn.GroupNorm(8, dims[0]), nn.SiLU(),
-                                  zero(nn.Conv2d(dims[0], channels_in, 3, padding=1)))
+        self.head = nn.Sequential(nn.GroupNorm(8, dims[0]), nn.SiLU(), zero(
+            nn.Conv2d(dims[0], channels_in * (2 if config.gates else 1), 3, padding=1)))
         self.to(memory_format=torch.channels_last)  # about twice as fast for convolutions
 
     def forward(self, x, sigma, state=None, *, actions=None, commit=None, history=None):
@@ -484,11 +495,14 @@ class Denoiser(nn.Module):
         centred = x - self.data_mean
         out, new_state = self.network(c_in * centred, c_noise, state, actions, commit,
                                       two_streams=history is not None)
+        if self.config.gates:
+            a, b = out.chunk(2, 2)  # (B,T,C,H,W) each
+            out = per_frame(gain(sigma, self.config.sigma_data)) * (a + b * c_in * centred)
         D = self.data_mean + c_skip * centred + c_out * out
         return D[:, -T:], (state if commit == 0 else new_state)
 
     def network(self, x, c_noise, state, actions, commit, two_streams):
-        """EDM's F. All frames go through it as a batch of B*T; only the mixers know of time."""
+        """EDM's F, or a and b. All frames are one batch of B*T; only the mixers know of time."""
         B, T = x.shape[:2]
         angle = c_noise[..., None] * self.frequency  # (B,T,E/4)
         emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], -1))  # (B,T,E)
@@ -513,7 +527,8 @@ class Denoiser(nn.Module):
             h = torch.cat([h, skips[i]], 1)
             h, new[-1 - i] = self.decoder[i](h, emb, B, old[-1 - i], commit, pattern)
             h = self.up[i - 1](h) if i > 0 else h
-        h = F.pixel_shuffle(self.head(h), self.config.patch)  # (BT,C,H,W)
+        with torch.autocast(x.device.type, enabled=False):  # s would multiply rounding errors
+            h = F.pixel_shuffle(self.head(h.to(x.dtype)), self.config.patch)  # (BT, C or 2C, H, W)
         return h.unflatten(0, (B, T)), tuple(new)
 
     def check(self, x, sigma, state, actions, commit, history):

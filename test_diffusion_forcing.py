@@ -229,7 +229,7 @@ def test_weight_is_one_over_c_out_squared():
 
 @pytest.mark.edm
 def test_preconditioning_is_that_of_edm_around_the_mean_of_the_data(monkeypatch):
-    model, seen, sigma = Denoiser(tiny()), {}, torch.tensor([[0.4, 0.3]])
+    model, seen, sigma = Denoiser(tiny(gates=False)), {}, torch.tensor([[0.4, 0.3]])
     mean = torch.tensor(model.config.data_mean)[:, None, None]
     x = mean + 0.3 * torch.randn(1, 2, 3, 8, 8)
     expected = torch.stack([mean + 0.36 * (x[:, 0] - mean), mean + 0.5 * (x[:, 1] - mean)], 1)
@@ -251,8 +251,9 @@ def test_preconditioning_is_that_of_edm_around_the_mean_of_the_data(monkeypatch)
 
 @pytest.mark.loss
 @pytest.mark.parametrize("sigma", [0.003, 0.1, 1.0, 30.0])
-def test_a_network_that_says_zero_has_loss_one_at_every_level(sigma):
-    config = tiny()
+@pytest.mark.parametrize("gates", [True, False])
+def test_a_network_that_says_zero_has_loss_one_at_every_level(sigma, gates):
+    config = tiny(gates=gates)
     x = torch.tensor(config.data_mean)[:, None, None] + 0.3 * torch.randn(64, 4, 3, 8, 8, generator=seed())
     loss = df.diffusion_forcing_loss(Denoiser(config), x, config, sigma=torch.full((64, 4), sigma))
     assert loss.item() == pytest.approx(1, abs=0.05), "weight missing or twice, or noise that is not sigma?"
@@ -319,7 +320,7 @@ def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
     x, u, sigma, told = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4), torch.rand(2, 4) + 0.1, []
     each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))  # the spy says 0
     for forcing in ("diffusion", "teacher"):
-        spy = Spy(forcing=forcing)
+        spy = Spy(forcing=forcing, gates=False)
         loss = lambda **options: float(df.diffusion_forcing_loss(spy, x, spy.config, sigma=sigma, **options))
         weighed = loss(expected_loss=lambda *levels: told.append(levels) or u)
         assert loss() == pytest.approx(float(each.mean())), "without expected_loss nothing changes"
@@ -328,6 +329,17 @@ def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
     assert torch.equal(own, sigma) and torch.equal(own_teacher, sigma), "it is told the sigma that each frame has,"
     assert torch.equal(seen, sigma), "and the one with which other frames see it: the same,"
     assert (seen_teacher - 0.05 * units(spy.config)).abs().max() < 1e-6, "but for teacher forcing, context_noise"
+
+
+@pytest.mark.loss
+def test_gates_do_not_make_frames_with_little_noise_count_more():
+    x, u, spy = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 4), Spy(gates=True)
+    sigma, s = torch.tensor([[0.003, 0.02, 0.2, 5.0]]), torch.tensor([25, 15, 1.5, 1])  # s = .3 / sigma, in 1 to 25
+    each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))
+    loss = lambda **options: float(df.diffusion_forcing_loss(spy, x, spy.config, sigma=sigma, **options))
+    assert loss() == pytest.approx(float(each.mean())), "without expected_loss a loss is the plain one, with gates too"
+    weighed, expected = loss(expected_loss=lambda *levels: u), ((each / u.exp() + u) / s).mean()
+    assert weighed == pytest.approx(float(expected)), "gates multiply gradients by s: (loss / E + ln E) / s"
 
 
 # ---- 5. schedules ---------------------------------------------------------------------------------------------------
@@ -936,6 +948,60 @@ def test_a_network_may_have_four_resolutions():
     assert model(x, torch.ones(1, 2))[0].shape == x.shape, "each layer of up belongs to its own level"
 
 
+def what_the_head_adds(model, x, sigma, biases):
+    """-> D (len(biases), values of x), for a network whose head says its bias alone, whatever it sees."""
+    torch.nn.init.zeros_(model.head[-1].weight)
+    with torch.no_grad():
+        return torch.stack([(model.head[-1].bias.copy_(b), model(x, sigma)[0])[1].flatten() for b in biases])
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("sigma", [0.004, 0.05, 0.3, 1.5, 30.0])
+def test_the_best_gates_are_the_exact_denoiser_of_pixels_with_any_mean_and_variance(sigma):
+    model, g = Denoiser(tiny(sigma_data=0.3)).double(), seed()
+    mean, deviation = torch.tensor([-0.9, 0.3, 0.1]), torch.tensor([0.02, 0.3, 0.7])  # of each channel
+    mean, variance = mean[:, None, None].double(), deviation[:, None, None].double() ** 2
+    x = mean + (variance + sigma**2).sqrt() * torch.randn(1, 2, 3, 8, 8, generator=g, dtype=torch.double)
+    exact = (mean + variance / (variance + sigma**2) * (x - mean)).flatten()
+    biases = torch.cat([torch.zeros(1, model.head[-1].bias.numel()), torch.eye(model.head[-1].bias.numel())])
+    D = what_the_head_adds(model, x, torch.full((1, 2), sigma).double(), biases.double())
+    basis = (D[1:] - D[0]).T  # (values, biases): D is linear in the bias
+    best = torch.linalg.lstsq(basis, (exact - D[0])[:, None], driver="gelsd").solution
+    off = (D[0] + (basis @ best)[:, 0] - exact).std() / sigma
+    assert off < 1e-6, "for each value, there is an a and a b with which D is the mean of what it may have been"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("mixer, patch", [("attention", 1), ("attention", 2), ("gru", 4)])
+def test_gates_are_s_times_a_plus_b_x(mixer, patch):
+    model = Denoiser(tiny(temporal=mixer, patch=patch, dim_mults=(1,)))
+    assert not model.head[-1].bias.any() and not model.head[-1].weight.any(), "a and b are 0 at first, so the loss is 1"
+    x, sigma = torch.randn(1, 5, 3, 8, 8), torch.tensor([[0.003, 0.02, 0.2, 0.6, 20.0]])
+    none, both = what_the_head_adds(model, x, sigma, [0.0, 1.0]).view(2, *x.shape)
+    c_skip, c_out, c_in, _ = (df.per_frame(c) for c in df.edm_scalings(sigma, 0.3))
+    centred = x - torch.tensor(model.config.data_mean)[:, None, None]
+    s = df.per_frame(torch.tensor([[25, 15, 1.5, 1, 1]]))  # sigma_data / sigma, and its bounds
+    F_is = (both - none) / c_out
+    for t, level in enumerate(sigma[0].tolist()):
+        assert torch.allclose(F_is[:, t], (s * (1 + c_in * centred))[:, t], rtol=1e-3, atol=1e-3), \
+            f"sigma {level}: the network is s (a + b x), x is its own input, and s = sigma_data / sigma in 1 to 25"
+    plain = Denoiser(tiny(temporal=mixer, patch=patch, dim_mults=(1,), gates=False))
+    none, both = what_the_head_adds(plain, x, sigma, [0.0, 1.0]).view(2, *x.shape)
+    assert torch.allclose((both - none) / c_out, torch.ones(1), atol=1e-3), "gates=False: what the head says, no more"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("gates", [True, False])
+def test_the_head_is_not_rounded_to_bfloat16(gates):
+    model, x, sigma = Denoiser(tiny(gates=gates)), torch.randn(1, 2, 3, 8, 8), torch.tensor([[0.02, 1.0]])
+    bias = torch.randn_like(model.head[-1].bias)
+    whole = what_the_head_adds(model, x, sigma, [bias])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = what_the_head_adds(model, x, sigma, [bias])
+    assert rounded.dtype == torch.float32 and (whole - rounded).abs().max() < 1e-6, \
+        "a network in bfloat16 still has a head in float32: s multiplies what is rounded off"
+
+
 # ---- 9. temporal mixers ---------------------------------------------------------------------------------------------
 
 
@@ -1124,7 +1190,7 @@ def test_what_is_no_such_checkpoint_is_refused_in_one_line_and_executes_nothing(
 
 
 @pytest.mark.checkpoint
-@pytest.mark.parametrize("version", [None, 1, 3])
+@pytest.mark.parametrize("version", [None, 1, 2, 4])
 def test_a_checkpoint_of_another_version_says_so(tmp_path, version):
     model, path = random_denoiser(), tmp_path / "m.pt"
     df.save_checkpoint(path, model.config, model.state_dict())
