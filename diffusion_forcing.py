@@ -36,7 +36,7 @@ any of them may be given: keyframes. Latents in place of pixels need another Con
 channels, height, width, mean and deviation (first scale all channels to one), and patch = 1.
 Departures from the paper: EDM in place of DDPM; a step may use the D of the one before
 (`solver_step`); noise alternates in half of the clips (`alternate`); attention or a GRU at each
-place of a U-Net, not a convolutional GRU; gates (section 8); a matrix begins with its first row.
+place of a U-Net, not a convolutional GRU; gates (section 8); row 0 of a matrix is the first step.
 """
 
 import io
@@ -81,7 +81,7 @@ class Config:
     dim: int = 32                    # channels at the highest resolution of the U-Net ...
     dim_mults: tuple = (1, 2)        # ... and their multiples, one for each resolution
     head_dim: int = 16               # channels of one attention head
-    gates: bool = True               # section 8; False: the plain network of EDM
+    gates: bool = True               # section 8; False: the head says EDM's F itself
 
     forcing: str = "diffusion"       # how to train: see diffusion_forcing_loss
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
@@ -195,8 +195,8 @@ def loss_weight(sigma, sigma_data):
 
 
 def gain(sigma, sigma_data):
-    """-> s (B, T), by which gates multiply what the network says: see section 8."""
-    return (sigma_data / sigma).clamp(1, 25)
+    """-> the factor of the gates in section 8, with the shape of sigma. (It is not in EDM.)"""
+    return (sigma_data / sigma).clamp(1, 25)  # 25 at the default sigma_min
 
 
 # ==== 4. The training loss (paper, Algorithm 1). =================================================
@@ -209,9 +209,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
       "teacher"        next-frame prediction: each has its own sigma (none alternates), but its past
                        is a second copy of the clip, the `history` of section 8, with context_noise.
     sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t; None:
-    they are unknown. expected_loss(sigma, sigma_seen) -> (B, T): a second network, trained with it,
-    says the logarithm of the loss. Divided by what it says (and by `gain`), frames count the same.
-    """
+    they are unknown. expected_loss(sigma, sigma_seen) -> u (B, T): a second network, trained with
+    it, says the logarithm of the loss. -> mean of loss / exp(u) + u, with gates of that / gain."""
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
@@ -226,7 +225,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
     if expected_loss is not None:
         log_expected = expected_loss(sigma, sigma_seen)  # (B,T)
         loss = loss / log_expected.exp() + log_expected  # least where exp(.) is the mean loss
-        if config.gates:  # they multiply gradients by it: frames with little noise would prevail
+        if config.gates:  # gradients have `gain` as a factor: little noise would count too much
             loss = loss / gain(sigma, config.sigma_data)
     return loss.mean()
 
@@ -251,8 +250,7 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for bidirectional models
 
     One call of the network serves all frames between S and 0, about S / u in a pyramid. So T frames
-    take S + floor(u (T - 1)) calls. With one frame, all kinds are the same.
-    """
+    take S + floor(u (T - 1)) calls. With one frame, all kinds are the same."""
     need(kind in SCHEDULES, f"schedule is {kind!r}; it is one of {', '.join(SCHEDULES)}")
     need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
@@ -273,8 +271,7 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     matrix     (M+1, T - T_context) integers, from a row of S to a row of 0
     context    (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
     keyframes  {t: (B, C, H, W)}: frame t, context counted, is given, not sampled
-    actions    (B, T or more, A): row t leads to frame t; None: they are unknown
-    """
+    actions    (B, T or more, A): row t leads to frame t; None: they are unknown"""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     given = dict(enumerate(context.unbind(1))) | (keyframes or {})  # {t: (B,C,H,W)}
@@ -444,10 +441,11 @@ def check_call(matrix, num_frames, context, actions, solver, config, period=None
 
 
 # ==== 8. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
-#    Gates: the head says two numbers, a and b, for each value of a frame. The whole network says
-#    s (a + b x), where x is its input and s = sigma_data / sigma, in 1 to 25. At low sigma, D is
-#    about mu + (1 + b) (x - mu) + sigma_data a: b = 0 keeps a value, b = -1 puts the guess a there.
-#    Without gates, the head has to say the noise, which normalizations and few channels hide.
+#    Gates: for each value of a frame, the head says a guess a and a gate b. EDM's network is then
+#    gain (a + b z), where z = c_in (x - mu) is its input; gain = sigma_data / sigma, in 1 to 25. At
+#    low sigma, D is about mu + (1 + b) (x - mu) + sigma_data a: where a = b = 0, a value is kept;
+#    where b = -1, the guess takes its place. Without gates, the noise of each value has to come
+#    through all layers, up to the last one, and this is learned late.
 
 class Denoiser(nn.Module):
     """D(x; sigma): noisy frames and their sigma -> denoised frames, and the next state."""
@@ -493,16 +491,16 @@ class Denoiser(nn.Module):
         *scalings, c_noise = edm_scalings(sigma, self.config.sigma_data)
         c_skip, c_out, c_in = map(per_frame, scalings)
         centred = x - self.data_mean
-        out, new_state = self.network(c_in * centred, c_noise, state, actions, commit,
-                                      two_streams=history is not None)
+        z = c_in * centred  # the input of the network
+        out, new_state = self.network(z, c_noise, state, actions, commit, history is not None)
         if self.config.gates:
             a, b = out.chunk(2, 2)  # (B,T,C,H,W) each
-            out = per_frame(gain(sigma, self.config.sigma_data)) * (a + b * c_in * centred)
+            out = per_frame(gain(sigma, self.config.sigma_data)) * (a + b * z)
         D = self.data_mean + c_skip * centred + c_out * out
         return D[:, -T:], (state if commit == 0 else new_state)
 
     def network(self, x, c_noise, state, actions, commit, two_streams):
-        """EDM's F, or a and b. All frames are one batch of B*T; only the mixers know of time."""
+        """-> EDM's F, or a and b; the new state. One batch of B*T: only the mixers know of time."""
         B, T = x.shape[:2]
         angle = c_noise[..., None] * self.frequency  # (B,T,E/4)
         emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], -1))  # (B,T,E)
@@ -527,7 +525,7 @@ class Denoiser(nn.Module):
             h = torch.cat([h, skips[i]], 1)
             h, new[-1 - i] = self.decoder[i](h, emb, B, old[-1 - i], commit, pattern)
             h = self.up[i - 1](h) if i > 0 else h
-        with torch.autocast(x.device.type, enabled=False):  # s would multiply rounding errors
+        with torch.autocast(x.device.type, enabled=False):  # gain multiplies rounding errors
             h = F.pixel_shuffle(self.head(h.to(x.dtype)), self.config.patch)  # (BT, C or 2C, H, W)
         return h.unflatten(0, (B, T)), tuple(new)
 

@@ -333,13 +333,13 @@ def test_each_loss_is_divided_by_the_one_that_was_to_be_expected():
 
 @pytest.mark.loss
 def test_gates_do_not_make_frames_with_little_noise_count_more():
-    x, u, spy = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 4), Spy(gates=True)
-    sigma, s = torch.tensor([[0.003, 0.02, 0.2, 5.0]]), torch.tensor([25, 15, 1.5, 1])  # s = .3 / sigma, in 1 to 25
+    x, u, spy = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 4), Spy(forcing="teacher")
+    sigma, gain = torch.tensor([[0.003, 0.02, 0.2, 5.0]]), torch.tensor([25, 15, 1.5, 1])  # .3 / sigma, in 1 to 25
     each = df.loss_weight(sigma, 0.3) * x.square().mean((2, 3, 4))
     loss = lambda **options: float(df.diffusion_forcing_loss(spy, x, spy.config, sigma=sigma, **options))
     assert loss() == pytest.approx(float(each.mean())), "without expected_loss a loss is the plain one, with gates too"
-    weighed, expected = loss(expected_loss=lambda *levels: u), ((each / u.exp() + u) / s).mean()
-    assert weighed == pytest.approx(float(expected)), "gates multiply gradients by s: (loss / E + ln E) / s"
+    weighed, expected = loss(expected_loss=lambda *levels: u), ((each / u.exp() + u) / gain).mean()
+    assert weighed == pytest.approx(float(expected)), "(loss / E + ln E) / gain of the own sigma"
 
 
 # ---- 5. schedules ---------------------------------------------------------------------------------------------------
@@ -948,58 +948,66 @@ def test_a_network_may_have_four_resolutions():
     assert model(x, torch.ones(1, 2))[0].shape == x.shape, "each layer of up belongs to its own level"
 
 
-def what_the_head_adds(model, x, sigma, biases):
-    """-> D (len(biases), values of x), for a network whose head says its bias alone, whatever it sees."""
+def denoised(model, x, sigma, biases):
+    """-> D (len(biases), values of x), where the head says a bias alone, whatever the network sees."""
     torch.nn.init.zeros_(model.head[-1].weight)
-    with torch.no_grad():
-        return torch.stack([(model.head[-1].bias.copy_(b), model(x, sigma)[0])[1].flatten() for b in biases])
+    rows = []
+    for bias in biases:
+        torch.nn.init.zeros_(model.head[-1].bias).data += bias
+        rows.append(model(x, sigma)[0].detach().flatten())
+    return torch.stack(rows)
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("sigma", [0.004, 0.05, 0.3, 1.5, 30.0])
 def test_the_best_gates_are_the_exact_denoiser_of_pixels_with_any_mean_and_variance(sigma):
-    model, g = Denoiser(tiny(sigma_data=0.3)).double(), seed()
-    mean, deviation = torch.tensor([-0.9, 0.3, 0.1]), torch.tensor([0.02, 0.3, 0.7])  # of each channel
-    mean, variance = mean[:, None, None].double(), deviation[:, None, None].double() ** 2
+    model, g = Denoiser(tiny(sigma_data=0.3)).double(), seed()  # a patch has 2x2 pixels, each unlike the others
+    mean = (torch.rand(3, 2, 2, generator=g) * 2 - 1).repeat(1, 4, 4).double()
+    variance = (torch.rand(3, 2, 2, generator=g) * 0.7).repeat(1, 4, 4).double() ** 2
     x = mean + (variance + sigma**2).sqrt() * torch.randn(1, 2, 3, 8, 8, generator=g, dtype=torch.double)
     exact = (mean + variance / (variance + sigma**2) * (x - mean)).flatten()
-    biases = torch.cat([torch.zeros(1, model.head[-1].bias.numel()), torch.eye(model.head[-1].bias.numel())])
-    D = what_the_head_adds(model, x, torch.full((1, 2), sigma).double(), biases.double())
+    biases = torch.eye(model.head[-1].bias.numel()).double()
+    D = denoised(model, x, torch.full((1, 2), sigma).double(), [0 * biases[0], *biases])
     basis = (D[1:] - D[0]).T  # (values, biases): D is linear in the bias
     best = torch.linalg.lstsq(basis, (exact - D[0])[:, None], driver="gelsd").solution
     off = (D[0] + (basis @ best)[:, 0] - exact).std() / sigma
-    assert off < 1e-6, "for each value, there is an a and a b with which D is the mean of what it may have been"
+    assert off < 1e-6, "for each value there is a guess and a gate with which D is the mean of what it may have been"
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("mixer, patch", [("attention", 1), ("attention", 2), ("gru", 4)])
-def test_gates_are_s_times_a_plus_b_x(mixer, patch):
+def test_gates_are_gain_times_a_plus_b_z(mixer, patch):
     model = Denoiser(tiny(temporal=mixer, patch=patch, dim_mults=(1,)))
     assert not model.head[-1].bias.any() and not model.head[-1].weight.any(), "a and b are 0 at first, so the loss is 1"
     x, sigma = torch.randn(1, 5, 3, 8, 8), torch.tensor([[0.003, 0.02, 0.2, 0.6, 20.0]])
-    none, both = what_the_head_adds(model, x, sigma, [0.0, 1.0]).view(2, *x.shape)
+    none, both = denoised(model, x, sigma, [0, 1]).view(2, *x.shape)
     c_skip, c_out, c_in, _ = (df.per_frame(c) for c in df.edm_scalings(sigma, 0.3))
-    centred = x - torch.tensor(model.config.data_mean)[:, None, None]
-    s = df.per_frame(torch.tensor([[25, 15, 1.5, 1, 1]]))  # sigma_data / sigma, and its bounds
-    F_is = (both - none) / c_out
+    mean = torch.tensor(model.config.data_mean)[:, None, None]
+    assert torch.allclose(none, mean + c_skip * (x - mean), atol=1e-5), "a = b = 0: D = mu + c_skip (x - mu)"
+    gain = df.per_frame(torch.tensor([[25, 15, 1.5, 1, 1]]))  # sigma_data / sigma, and its bounds
+    F_is, F_should = (both - none) / c_out, gain * (1 + c_in * (x - mean))
     for t, level in enumerate(sigma[0].tolist()):
-        assert torch.allclose(F_is[:, t], (s * (1 + c_in * centred))[:, t], rtol=1e-3, atol=1e-3), \
-            f"sigma {level}: the network is s (a + b x), x is its own input, and s = sigma_data / sigma in 1 to 25"
+        assert torch.allclose(F_is[:, t], F_should[:, t], rtol=1e-3, atol=1e-3), \
+            f"sigma {level}: EDM's network is gain (a + b z), z is its input, gain = sigma_data / sigma in 1 to 25"
     plain = Denoiser(tiny(temporal=mixer, patch=patch, dim_mults=(1,), gates=False))
-    none, both = what_the_head_adds(plain, x, sigma, [0.0, 1.0]).view(2, *x.shape)
+    none, both = denoised(plain, x, sigma, [0, 1]).view(2, *x.shape)
     assert torch.allclose((both - none) / c_out, torch.ones(1), atol=1e-3), "gates=False: what the head says, no more"
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("gates", [True, False])
-def test_the_head_is_not_rounded_to_bfloat16(gates):
-    model, x, sigma = Denoiser(tiny(gates=gates)), torch.randn(1, 2, 3, 8, 8), torch.tensor([[0.02, 1.0]])
-    bias = torch.randn_like(model.head[-1].bias)
-    whole = what_the_head_adds(model, x, sigma, [bias])
+def test_the_head_is_not_rounded_to_bfloat16(gates, monkeypatch):
+    model, x, sigma = random_denoiser(gates=gates), torch.randn(1, 2, 3, 8, 8), torch.tensor([[0.02, 1.0]])
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = what_the_head_adds(model, x, sigma, [bias])
-    assert rounded.dtype == torch.float32 and (whole - rounded).abs().max() < 1e-6, \
-        "a network in bfloat16 still has a head in float32: s multiplies what is rounded off"
+        rounded, _ = model(x, sigma)
+    told, head = [], model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda h: told.append(h) or head(h))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x, sigma)
+    monkeypatch.setattr(model.head, "forward", lambda h: head(told[0].float()))  # features as before
+    whole, _ = model(x, sigma)
+    assert rounded.dtype == torch.float32 and (whole - rounded).abs().max() < 1e-4, \
+        "a network in bfloat16 still has a head in float32: gain multiplies rounding errors"
 
 
 # ---- 9. temporal mixers ---------------------------------------------------------------------------------------------

@@ -61,8 +61,9 @@ class ExpectedLoss(nn.Module):
     sigma (B, T) and from sigma_seen (B, T) of the four frames before it (bidirectional: and after
     it). It learns with the model, by the same loss. Frames with little noise, or after nearly clean
     ones, often have a far smaller loss than others: in a plain mean they hardly count, but rollouts
-    need them. Divided by what is expected, every mixture of noise counts the same, and the best
-    denoiser stays what it was. (arXiv 1705.07115, 2312.02696. In the paper: fused SNR weights.)"""
+    need them. Divided by what is expected, every mixture of noise counts the same (but for `gain`),
+    and the best denoiser stays what it was. (arXiv 1705.07115, 2312.02696. In the paper: fused SNR
+    weights.)"""
 
     def __init__(self, config, past=4, width=64):
         super().__init__()
