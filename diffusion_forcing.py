@@ -34,7 +34,7 @@ so that what is computed of a frame is never final: all frames are in every call
 no `rollout` and no teacher forcing. `sample` makes one clip, of at most `window` frames. In return,
 any of them may be given: keyframes. Latents in place of pixels need another Config, no more: their
 channels, height, width, mean and deviation (first scale all channels to one), and patch = 1.
-Departures from the paper: EDM in place of DDPM; a step may use the D of the one before
+Departures from the paper: EDM (section 3) in place of DDPM; a step may use the D of the one before
 (`solver_step`); noise alternates in half of the clips (`alternate`); attention or a GRU at each
 place of a U-Net, not a convolutional GRU; gates (section 8); row 0 of a matrix is the first step.
 """
@@ -210,7 +210,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
                        is a second copy of the clip, the `history` of section 8, with context_noise.
     sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t; None:
     they are unknown. expected_loss(sigma, sigma_seen) -> u (B, T): a second network, trained with
-    it, says the logarithm of the loss. -> mean of loss / exp(u) + u, with gates of that / gain."""
+    the first one, says the logarithm of its loss. A frame then counts with loss / exp(u) + u, and
+    with this divided by its `gain` if the model has gates."""
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
@@ -223,8 +224,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
     loss = per_frame(loss_weight(sigma, config.sigma_data)) * (D - x) ** 2  # (B,T,C,H,W)
     loss = loss.mean((2, 3, 4))  # (B,T)
     if expected_loss is not None:
-        log_expected = expected_loss(sigma, sigma_seen)  # (B,T)
-        loss = loss / log_expected.exp() + log_expected  # least where exp(.) is the mean loss
+        u = expected_loss(sigma, sigma_seen)  # (B,T)
+        loss = loss / u.exp() + u  # least where exp(u) is the mean loss
         if config.gates:  # gradients have `gain` as a factor: little noise would count too much
             loss = loss / gain(sigma, config.sigma_data)
     return loss.mean()
@@ -441,11 +442,11 @@ def check_call(matrix, num_frames, context, actions, solver, config, period=None
 
 
 # ==== 8. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
-#    Gates: for each value of a frame, the head says a guess a and a gate b. EDM's network is then
+#    Gates: for each value of a frame, the head says a guess a and a gate b. Section 3's network is
 #    gain (a + b z), where z = c_in (x - mu) is its input; gain = sigma_data / sigma, in 1 to 25. At
-#    low sigma, D is about mu + (1 + b) (x - mu) + sigma_data a: where a = b = 0, a value is kept;
-#    where b = -1, the guess takes its place. Without gates, the noise of each value has to come
-#    through all layers, up to the last one, and this is learned late.
+#    low sigma, D is about mu + (1 + b) (x - mu) + sigma_data a. Where a = b = 0, the noisy value is
+#    kept; where b = -1, the guess takes its place. Without gates, the noise of each value has to
+#    come through all layers, up to the last one, and this is learned late.
 
 class Denoiser(nn.Module):
     """D(x; sigma): noisy frames and their sigma -> denoised frames, and the next state."""

@@ -952,9 +952,10 @@ def denoised(model, x, sigma, biases):
     """-> D (len(biases), values of x), where the head says a bias alone, whatever the network sees."""
     torch.nn.init.zeros_(model.head[-1].weight)
     rows = []
-    for bias in biases:
-        torch.nn.init.zeros_(model.head[-1].bias).data += bias
-        rows.append(model(x, sigma)[0].detach().flatten())
+    with torch.no_grad():
+        for bias in biases:
+            model.head[-1].bias[:] = bias
+            rows.append(model(x, sigma)[0].flatten())
     return torch.stack(rows)
 
 
