@@ -1,4 +1,4 @@
-"""What is built on top: guidance, and a world to play. `pytest -m guidance` and `pytest -m play` run one of them."""
+"""What is built on top. `pytest -m guidance`, `pytest -m play` and `pytest -m compare` run one part of it."""
 
 import itertools
 import math
@@ -16,7 +16,8 @@ import torch
 
 import diffusion_forcing as df
 import sample
-from experiments import guidance, play
+from data.balls import bouncing_balls
+from experiments import drift, guidance, play
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
@@ -248,3 +249,30 @@ def test_the_terminal_is_as_before_while_it_is_halted_and_at_the_end(said):
         normal_screen = shown.rfind(b"\x1b[?1049l") > shown.rfind(b"\x1b[?1049h")
         assert [normal_screen, termios.tcgetattr(terminal)[:4] == before[:4]] == [ended, ended], text
     assert os.waitpid(pid, 0)[0] == pid and len(np.load("o.npy")) > 0, "--out keeps what was played"
+
+
+# ---- compare --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compare
+def test_the_distance_of_two_gaussians_is_the_one_of_the_closed_form():
+    rng = np.random.default_rng(0)
+    turn, a, b = np.linalg.qr(rng.normal(size=(4, 4)))[0], rng.uniform(1, 3, 4), rng.uniform(1, 3, 4)
+    told = drift.frechet(np.ones(4), turn * a @ turn.T, np.zeros(4), turn * b @ turn.T)
+    assert told == pytest.approx(4 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()), "they have the same axes"
+    assert drift.frechet(np.zeros(2), np.diag([4.0, 0]), np.zeros(2), np.diag([0, 9.0])) == pytest.approx(13)
+
+
+@pytest.mark.compare
+def test_drift_tells_blur_from_grain_and_a_still_from_motion():
+    rng = np.random.default_rng(0)
+    real = [*bouncing_balls(200, 6, rng)]
+    measure = drift.Drift(real, 6_000)
+    assert measure(real) == pytest.approx((0, 1, 1), abs=1e-6), "the real clips themselves"
+    others = measure([*bouncing_balls(200, 6, rng)])
+    soft = measure([(clip // 4 + np.roll(clip // 4, 1, 2) + np.roll(clip // 2, 1, 1)) for clip in real])
+    grain = measure([(clip + rng.integers(0, 30, clip.shape)).clip(0, 255).astype(np.uint8) for clip in real])
+    still = measure([clip[:1].repeat(6, 0) for clip in real])
+    assert still[0] > 5 * others[0] and soft[0] > 1.5 * others[0], "the distance, against that of other real clips"
+    assert soft[1] < 0.7 < 1.3 < grain[1] and still[1] == pytest.approx(1, abs=0.2), "how sharp they are"
+    assert still[2] == 0 and others[2] == pytest.approx(1, abs=0.2), "how much they move"
