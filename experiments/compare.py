@@ -10,6 +10,7 @@
         models are several seeds: each figure is then their mean
     python experiments/compare.py --ckpt model.pt --push    how well it obeys pushes; push.gif
     python experiments/compare.py --ckpt both.pt --between  bidirectional: between two given frames
+    python experiments/compare.py --ckpt model.pt --pyramid  draws the pyramid at work: pyramid.gif
     python experiments/compare.py --matrix                  draws three scheduling matrices
 
 What it trains and rolls out is kept in --out, and not made again. Its pictures are there, too:
@@ -31,11 +32,11 @@ import numpy as np
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from data.balls import bouncing_balls  # noqa: E402: found by the line above
-from data.clips import Clips  # noqa: E402
-from diffusion_forcing import SCHEDULES, need  # noqa: E402
+from data.clips import Clips, to_frames  # noqa: E402
+from diffusion_forcing import SCHEDULES, load_checkpoint, need  # noqa: E402
 from experiments.drift import Drift  # noqa: E402
 from experiments.physics import FASTEST, find, physics, push_errors, true_speed  # noqa: E402
-from experiments.pictures import draw_matrices, draw_pushes, draw_strip  # noqa: E402
+from experiments.pictures import draw_matrices, draw_pushes, draw_pyramid, draw_strip  # noqa: E402
 from sample import mistakes  # noqa: E402
 
 FRAMEWISE, PYRAMID = "--schedule autoregressive", "--schedule pyramid"
@@ -222,10 +223,11 @@ def parse_args():
     p.add_argument("--ckpt", type=Path, nargs="+", default=[], help="measure these, train none")
     p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
     p.add_argument("--between", action="store_true", help="fill in between two frames with --ckpt")
+    p.add_argument("--pyramid", action="store_true", help="only draw pyramid.gif, with --ckpt")
     p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
-    if (args.push or args.between) and not args.ckpt:
-        p.error("--push and --between measure models: --ckpt is needed")
+    if (args.push or args.between or args.pyramid) and not args.ckpt:
+        p.error("--push, --between and --pyramid are about a model: --ckpt is needed")
     args.minutes = args.minutes or (15 if args.data else 4)
     args.data = args.data and args.data.resolve()
     args.out = (args.out or Path(f"runs_{args.data.name}" if args.data else "runs")).resolve()
@@ -286,6 +288,10 @@ def main():
     args = parse_args()
     if args.matrix:
         draw_matrices(args.out / "matrix.png")
+    elif args.pyramid:
+        clip = bouncing_balls(1, CONTEXT, np.random.default_rng(99))
+        model, _ = load_checkpoint(args.ckpt[0])
+        draw_pyramid(model, to_frames(clip), args.out / "pyramid.gif")
     elif args.push:
         pushes(args.ckpt, args)
     elif args.between:

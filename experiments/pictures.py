@@ -5,10 +5,12 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import torch
 from PIL import Image, ImageDraw  # comes with imageio
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the project
-from diffusion_forcing import scheduling_matrix  # noqa: E402: found by the line above
+from data.clips import to_bytes  # noqa: E402: found by the line above
+from diffusion_forcing import per_frame, sample, scheduling_matrix  # noqa: E402
 from experiments.physics import find  # noqa: E402
 
 
@@ -53,3 +55,32 @@ def draw_strip(clips, path, count, labels=None, scale=2):
             ImageDraw.Draw(margin).multiline_text((4, 8), label, "black")
         rows.append(np.concatenate([np.array(margin).reshape(len(frames[0]), -1, 3), *frames], 1))
     iio.imwrite(path, np.concatenate(rows))
+
+
+def draw_pyramid(model, context, path, num_frames=20, shown=8, num_steps=8, u=2, scale=2):
+    """Sampling by the pyramid as .gif, a picture for each call of the network. Frames slide by from
+    right to left as they come down; below each is its level. Noisy ones are shown as bright as
+    clean ones: else nearly all of their pixels would be black or white."""
+    config, calls = model.config, []
+
+    def spy(x, sigma, **more):
+        size = per_frame((1 + (sigma / config.sigma_data) ** 2).sqrt())
+        calls.append(to_bytes((x - model.data_mean) / size + model.data_mean)[0])
+        return model(x, sigma, **more)
+
+    matrix = scheduling_matrix("pyramid", num_frames, num_steps, u)
+    actions = torch.zeros(1, context.shape[1] + num_frames, config.action_dim)  # nobody pushes
+    sample(spy, matrix, context, actions=actions, config=config,
+           generator=torch.Generator().manual_seed(0))
+    levels = np.pad(matrix.numpy(), ((0, 0), (context.shape[1], 0)))  # (M+1,T)
+    step, pictures = scale * config.width + 2, []
+    for m in range(4 * u, u * num_frames):
+        picture = Image.new("RGB", (shown * step - 2, scale * config.height + 14), "white")
+        draw = ImageDraw.Draw(picture)
+        for t, image in enumerate(calls[m]):
+            left = round((t - context.shape[1] - m / u + shown - 1.5) * step)
+            large = image.repeat(scale, 0).repeat(scale, 1)
+            picture.paste(Image.fromarray(large), (left, 0))
+            draw.text((left + step / 2, picture.height), str(levels[m, t]), "black", anchor="md")
+        pictures.append(picture.convert("P", dither=Image.Dither.NONE))  # 216 colours: small
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=200, loop=0)
