@@ -131,9 +131,9 @@ def need(ok, message):
 # ==== 2. Noise: every frame has its own sigma. This makes it Diffusion Forcing. ==================
 
 def sample_noise_levels(batch_size, num_frames, config, generator=None):
-    """-> sigma (B, T) for training, in frame units: ln sigma ~ Normal(P_mean, P_std^2). Every frame
-    has its own, independent of all others (paper, Algorithm 1), but see `alternate`. With forcing
-    "full_sequence", all frames of a clip share one. The device is that of the generator."""
+    """-> sigma (B, T) in frame units; in Config units, ln sigma ~ Normal(P_mean, P_std^2). Every
+    frame has its own, independent of all others (paper, Algorithm 1). But see `alternate` for
+    forcing "diffusion"; in "full_sequence", a clip has one. The device is that of the generator."""
     device = generator.device if generator else None
     normal = torch.randn(batch_size, num_frames, generator=generator, device=device)  # (B,T)
     if config.forcing == "full_sequence":
@@ -144,11 +144,12 @@ def sample_noise_levels(batch_size, num_frames, config, generator=None):
 
 
 def alternate(normal, config, generator):
-    """normal (B, T) -> the same, but config.alternating of the clips mix low and high noise, below
-    and above the median. Each frame by itself stays standard normal. Causal: they take turns. What
-    an action does is learned from a frame that is too noisy to show it, after one that is not: 11 %
-    of all neighbours (sigma < .1, then > 2, in Config units), and only 7 % without alternation.
-    Bidirectional: a random share is high, to be filled in."""
+    """normal (B, T) -> the same, but each clip, with chance config.alternating, mixes low and high
+    noise, below and above the median. Each frame by itself stays standard normal. Causal: they take
+    turns, and either comes first. What an action does is learned from a frame that is too noisy to
+    show it, after one that is not: 11 % of all neighbours (sigma < .1, then > 2, in Config units),
+    and only 7 % without alternation. Bidirectional: a random share of the frames, uniform in 0 to
+    1, is a gap, to be filled in: high, and all with one sigma, a draw of its own."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -157,7 +158,7 @@ def alternate(normal, config, generator):
         noisy = even == (rand(B, 1) < 0.5)  # (B,T): the even frames, or else the odd ones
         high = normal.abs()
     else:
-        noisy = rand(B, T) < rand(B, 1)  # (B,T): any share of the frames, to be filled in, ...
+        noisy = rand(B, T) < rand(B, 1)  # (B,T): any share of the frames, ...
         high = torch.randn(B, 1, generator=generator, device=device).abs()  # ... all with one sigma
     return torch.where(alternates, torch.where(noisy, high, -normal.abs()), normal)
 
@@ -180,7 +181,7 @@ def per_frame(v):
 #    variance: the target is about minus the noise at low sigma, and the frame at high sigma.
 
 def edm_scalings(sigma, sigma_data):
-    """-> c_skip, c_out, c_in, c_noise, each with the shape of sigma."""
+    """-> c_skip, c_out, c_in, and c_noise of sigma / sigma_data, each with the shape of sigma."""
     total = sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / total
     c_out = sigma * sigma_data / total.sqrt()
@@ -208,10 +209,11 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
       "teacher"        next-frame prediction: each has its own sigma (none alternates), but its past
                        is a second copy of the clip, the `history` of section 8, with context_noise.
-    sigma (B, T) takes the place of the random one. actions (B, T, A): row t leads to frame t; None:
-    they are unknown. expected_loss(sigma, sigma_seen) -> u (B, T): a second network, trained with
-    the first one, says the logarithm of its loss. A frame then counts with loss / exp(u) + u, and
-    with this divided by its `gain` if the model has gates."""
+    The model is called once, without a state (commit is 0). sigma (B, T) takes the place of the
+    random one. actions (B, T, A): row t leads to frame t; None: they are unknown.
+    expected_loss(sigma, the sigma with which later frames see this one) -> u (B, T): a second
+    network, trained with the first one, says the logarithm of its loss. A frame then counts with
+    loss / exp(u) + u, and with this divided by its `gain` if the model has gates."""
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
@@ -220,7 +222,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
         sigma_seen = torch.full_like(sigma, config.in_frame_units(config.context_noise))
         history = (x + per_frame(sigma_seen) * randn(x.shape, x, generator), sigma_seen)
 
-    D, _ = model(noisy, sigma, actions=actions, commit=0, history=history)  # 0: no state
+    D, _ = model(noisy, sigma, actions=actions, commit=0, history=history)
     loss = per_frame(loss_weight(sigma, config.sigma_data)) * (D - x) ** 2  # (B,T,C,H,W)
     loss = loss.mean((2, 3, 4))  # (B,T)
     if expected_loss is not None:
@@ -244,14 +246,13 @@ def karras_sigmas(num_steps, config):
 def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
     """-> int64 (M+1, T), K[m, t] = clip(S + floor(u t) - m, 0, S). A frame comes down S levels, one
     in each row, and starts u rows after the frame before it:
-
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
       "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for bidirectional models
-
     One call of the network serves all frames between S and 0, about S / u in a pyramid. So T frames
-    take S + floor(u (T - 1)) calls. With one frame, all kinds are the same."""
+    take S + floor(u (T - 1)) calls. With one frame, all kinds are the same. Raises ValueError for
+    any other kind, for no frame or no step, and for `uncertainty` below 0, infinite or NaN."""
     need(kind in SCHEDULES, f"schedule is {kind!r}; it is one of {', '.join(SCHEDULES)}")
     need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
@@ -272,7 +273,10 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     matrix     (M+1, T - T_context) integers, from a row of S to a row of 0
     context    (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
     keyframes  {t: (B, C, H, W)}: frame t, context counted, is given, not sampled
-    actions    (B, T or more, A): row t leads to frame t; None: they are unknown"""
+    actions    (B, T or more, A): row t leads to frame t; None: they are unknown
+    Raises ValueError where `check_call` does. A row in which nothing moves makes no call. Type and
+    device are those of context. Noise is drawn frame by frame, as in `rollout`, so that equal seeds
+    give equal frames: what a frame begins as, unless it is given, then its one noise as history."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     given = dict(enumerate(context.unbind(1))) | (keyframes or {})  # {t: (B,C,H,W)}
@@ -284,7 +288,6 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     K = K.unique_consecutive(dim=0)  # without rows in which nothing moves
     sigmas = karras_sigmas(int(matrix.max()), config).to(context)[K]  # (M+1,T)
 
-    # Noise is drawn frame by frame, as in `rollout`, so that equal seeds give equal frames.
     noise = lambda: randn((len(context), *context.shape[2:]), context, generator)  # (B,C,H,W)
     pairs = [(given[t] if t in given else sigmas[0, t] * noise(), noise()) for t in range(T)]
     x, eps = (torch.stack(frames, 1) for frames in zip(*pairs))  # (B,T,C,H,W); eps: for history
@@ -304,18 +307,18 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
 
 def solver_step(x, D, D_last, s_last, s, s_next, solver):
     """Takes each frame of x (B, T, C, H, W) from its sigma s (T,) to s_next (T,). Euler's step for
-    dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s. Written as
-    below, it lands on D at 0. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Alg. 2)
-    replaces D by a guess of D in the middle of the step. It draws a line, over ln sigma, through
-    D_last (found at s_last (T,)) and D (found at s), and follows it half a step further."""
+    dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s, but written so
+    that at 0 it lands on D exactly. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Alg.
+    2) replaces D by a guess of D in the middle of the step. It draws a line, over ln sigma, through
+    D_last (found at s_last (T,)) and D (found at s), and follows it half a step further. But a
+    first step has no D_last (s_last is infinite), and a step to 0 has no middle: D stays. A frame
+    whose level is held keeps every bit, a finished one too (s = s_next = 0)."""
     target = D
     if solver == "multistep":
-        # A first step has no D_last: s_last is infinite, so ahead = 0. A step to 0 has no halfway.
         ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)  # (T,)
         target = D + per_frame(ahead) * (D - D_last)
     stepped = target + per_frame(s_next / s) * (x - target)
-    # A frame whose level is held keeps every bit. (For a finished one, stepped is 0 / 0.)
-    return torch.where(per_frame(s_next < s), stepped, x)
+    return torch.where(per_frame(s_next < s), stepped, x)  # of a finished frame, stepped is 0 / 0
 
 
 # ==== 7. Rollout: the same with a state, for causal models, for as long as you like. =============
@@ -324,14 +327,12 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
             solver="multistep", generator=None, config=None):
     """Algorithm 2 with a state -> iterator over num_frames frames (B, C, H, W), context first, each
     as soon as it is finished. Neither memory nor the time for a frame grows.
-
     Copies of the matrix follow each other in time. Each starts `period` rows after the one before;
     by default M, so that no two overlap. If the matrix has one column (S, S - 1 ... 0), each frame
     is a copy, and `period` is the u of an endless pyramid, which takes u calls for each frame:
     rollout(model, scheduling_matrix("pyramid", 1, S), num_frames=None, period=u).
-    num_frames counts the context; None: go on for ever, or until the actions end. actions may also
-    be an iterator over (B, A), asked for a frame's action when it starts. All else: as in `sample`.
-    """
+    num_frames counts the context; None: go on for ever, or until the actions end. These may also be
+    an iterator over (B, A), asked for a frame's action when it starts. All else as in `sample`."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     period = len(matrix) - 1 if period is None else period
@@ -354,8 +355,11 @@ def endless_level(matrix, period, row, n):
 
 @torch.no_grad()
 def roll(model, matrix, num_frames, context, period, actions, solver, generator, config):
-    """The loop of `rollout`: one call for each row in which a level changes. The tensors are those
-    of `sample`, but only of n frames: of those that have started and are not in the state yet."""
+    """The loop of `rollout`: matrix is a list of rows, and actions an iterator. One call for each
+    row in which a level changes. The tensors are those of `sample`, but only of n frames: of those
+    that have started and are not in the state yet. A frame starts, and its action is asked for, in
+    the last row in which its level is S; before that, nobody may see it. Once it is finished, it
+    enters the state in the next call. What is given out is a copy: the caller may change it."""
     num_context, S = context.shape[1], matrix[0][0]
     sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
     noise = lambda: randn((len(context), 1, *context.shape[2:]), context, generator)  # (B,1,C,H,W)
@@ -365,8 +369,6 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     joined, state = 0, None
 
     for row in itertools.count():
-        # A frame joins in the row in which it starts: it is below S in the next one. Before that it
-        # costs nothing, for it does not change, and no earlier frame may see it.
         while joined != num_frames and level(row + 1, joined) < S:
             action = next(actions, None)
             if action is None:  # the video ends where its actions end
@@ -374,7 +376,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
                 break
             if joined < num_context:
                 new = context[:, joined : joined + 1]  # (B,1,C,H,W)
-                yield new[:, 0].clone()  # a copy, for the caller may change it
+                yield new[:, 0].clone()
             else:
                 new = sigmas[S] * noise()
             x, D_last = torch.cat([x, new], 1), torch.cat([D_last, new], 1)
@@ -389,9 +391,8 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         if now == after:
             continue
 
-        # As in `sample`. But finished frames, which come first, enter the state in this call.
         s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each
-        finished = now.count(0)
+        finished = now.count(0)  # these come first, and enter the state in this call
         told = torch.where(s > 0, s, config.in_frame_units(config.context_noise))  # (n,)
         seen = x + per_frame(told - s) * eps  # (B,n,C,H,W)
         D, state = model(seen, told.expand(len(x), -1), state, actions=acts, commit=finished)
@@ -480,8 +481,7 @@ class Denoiser(nn.Module):
         state    what the last call returned, about the frames before x[:, 0]; None: there are none
         commit   how many frames of this call, from its first on, enter the state; None: all
         actions  (B, T, A), [:, t] leads to frame t; NaN: unknown, unlike an action of zeros
-        history  for teacher forcing: (x, sigma) of the same frames, with little noise; section 9
-        """
+        history  for teacher forcing: (x, sigma) of the same frames, with little noise; section 9"""
         self.check(x, sigma, state, actions, commit, history)
         T = x.shape[1]
         commit = T if commit is None else commit
@@ -568,9 +568,9 @@ class Block(nn.Module):
 #    pattern(T, state, two_streams, device) -> what forward needs to know of time, made once for all
 #    blocks. Streaming: 16 frames in one call, or 5, then 1, then 10, give the same numbers. With
 #    two_streams (teacher forcing, no state), x is [history | the same frames, noisy]: a frame of
-#    either half sees itself, and the history before it. A third mixer also needs causal_only, an
-#    `out` that starts at zero, a state of bounded size (cloned: a view would keep all frames alive)
-#    and its name in MIXERS.
+#    either half sees itself, and the history before it. No more than MOST sequences go in one call.
+#    A third mixer also needs causal_only, an `out` that starts at zero, a state of bounded size
+#    (cloned: a view would keep all frames alive) and its name in MIXERS.
 
 class TemporalAttention(nn.Module):
     """Banded attention: a frame sees the last `window` frames, itself included (bidirectional: as
@@ -583,12 +583,13 @@ class TemporalAttention(nn.Module):
         self.head_dim, self.window, self.causal = config.head_dim, config.window, config.causal
         # The bias of qkv is a constant in q and k. Once both are rotated, their product depends on
         # the distance in time alone, so a head can look "n frames back", whatever the frames show.
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim)  # q, then k, then v, each of them head by head
         self.out = zero(nn.Linear(dim, dim))
 
     def pattern(self, T, state, two_streams, device):
-        """-> sees (T, keys), which query sees which key, and cos and sin (keys, d) of the angles by
-        which keys turn (RoPE, arXiv 2104.09864). The T queries are the last keys."""
+        """-> sees (T, keys), which query sees which key, and cos and sin (keys, d), float32, of the
+        angles by which keys turn (RoPE, arXiv 2104.09864): from frame to frame, pair i of channels
+        by pi/2 1000^(-i / (d/2)), the first by 90 degrees. The T queries are the last keys."""
         keys = T if state is None else T + state[0].shape[2]
         times = T // 2 if two_streams else keys  # two streams: the same times twice
         position = torch.arange(keys, device=device) % times  # from the oldest key: it never grows
@@ -598,7 +599,6 @@ class TemporalAttention(nn.Module):
             key_is_history = torch.arange(keys, device=device) < times  # (keys,)
             itself = torch.eye(T, dtype=torch.bool, device=device)
             sees = (sees & key_is_history & (ago > 0)) | itself
-        # From frame to frame, the first pair of channels turns by 90 degrees, the others by less.
         pair = torch.arange(self.head_dim // 2, device=device) / (self.head_dim // 2)  # 0 to < 1
         angle = position[:, None] * (math.pi / 2 * 1000.0**-pair)  # (keys,d/2)
         return sees, angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
@@ -623,7 +623,7 @@ class TemporalAttention(nn.Module):
 
 def rotary(x, cos, sin):
     """Turns pairs of channels of x (N, heads, T, d), a of its first half and b of its second, to
-    (a cos - b sin, b cos + a sin), in few passes: the first half of `sin` has its minus already."""
+    (a cos - b sin, b cos + a sin), of the type of x. `sin` has the minus in its first half."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 

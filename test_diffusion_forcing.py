@@ -65,6 +65,27 @@ class Spy:
         return self.answer(x, sigma), state if committed == 0 else (state or 0) + committed
 
 
+class Apart(torch.nn.Module):
+    """A mixer in which frames do not meet. It stands in wherever a test needs a network, but none of section 9."""
+    causal_only = False
+
+    def __init__(self, dim, config):
+        super().__init__()
+
+    def pattern(self, T, state, two_streams, device):
+        return None
+
+    def forward(self, x, state, commit, pattern):
+        return torch.zeros_like(x), state
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """The name of this mixer, for Config."""
+    monkeypatch.setitem(df.MIXERS, "apart", Apart)
+    return "apart"
+
+
 def seed(number=0):
     return torch.Generator().manual_seed(number)
 
@@ -228,8 +249,8 @@ def test_weight_is_one_over_c_out_squared():
 
 
 @pytest.mark.edm
-def test_preconditioning_is_that_of_edm_around_the_mean_of_the_data(monkeypatch):
-    model, seen, sigma = Denoiser(tiny(gates=False)), {}, torch.tensor([[0.4, 0.3]])
+def test_preconditioning_is_that_of_edm_around_the_mean_of_the_data(monkeypatch, apart):
+    model, seen, sigma = Denoiser(tiny(gates=False, temporal=apart)), {}, torch.tensor([[0.4, 0.3]])
     mean = torch.tensor(model.config.data_mean)[:, None, None]
     x = mean + 0.3 * torch.randn(1, 2, 3, 8, 8)
     expected = torch.stack([mean + 0.36 * (x[:, 0] - mean), mean + 0.5 * (x[:, 1] - mean)], 1)
@@ -252,8 +273,8 @@ def test_preconditioning_is_that_of_edm_around_the_mean_of_the_data(monkeypatch)
 @pytest.mark.loss
 @pytest.mark.parametrize("sigma", [0.003, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("gates", [True, False])
-def test_a_network_that_says_zero_has_loss_one_at_every_level(sigma, gates):
-    config = tiny(gates=gates)
+def test_a_network_that_says_zero_has_loss_one_at_every_level(sigma, gates, apart):
+    config = tiny(gates=gates, temporal=apart)
     x = torch.tensor(config.data_mean)[:, None, None] + 0.3 * torch.randn(64, 4, 3, 8, 8, generator=seed())
     loss = df.diffusion_forcing_loss(Denoiser(config), x, config, sigma=torch.full((64, 4), sigma))
     assert loss.item() == pytest.approx(1, abs=0.05), "weight missing or twice, or noise that is not sigma?"
@@ -274,7 +295,8 @@ def test_the_loss_is_that_of_algorithm_1(forcing):
     assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.05, "frame t gets sigma[b, t] times a standard normal"
     levels = 3 if forcing == "full_sequence" else 12
     assert call["sigma"].unique().numel() == levels, f"{levels} levels in 3 clips of 4 frames: that is config.forcing"
-    assert call["actions"] is actions and call["commit"] == 0, "the model is told the actions, and keeps no state"
+    assert call["actions"] is not None and torch.equal(call["actions"], actions), "the model is told the actions"
+    assert call["commit"] == 0 and call["state"] is None, "it keeps no state"
     assert (call["history"] is not None) == (forcing == "teacher"), "only teacher forcing has a history"
 
 
@@ -309,8 +331,8 @@ def test_the_same_generator_gives_the_same_loss(forcing):
 
 
 @pytest.mark.loss
-def test_the_loss_has_a_gradient():
-    model = Denoiser(tiny())
+def test_the_loss_has_a_gradient(apart):
+    model = Denoiser(tiny(temporal=apart))
     df.diffusion_forcing_loss(model, torch.randn(2, 4, 3, 8, 8), model.config).backward()
     assert model.head[-1].weight.grad.any(), "no gradient reaches the network: detached?"
 
@@ -389,6 +411,16 @@ def matrix(kind, T, S, u=1.0):
     return (S + start - torch.arange(S + int(start.max()) + 1)[:, None]).clamp(0, S)
 
 
+def rolled(model, K, context=None, **options):
+    """A rollout of one copy of the matrix, as the clip that `sample` makes."""
+    num_context = 0 if context is None else context.shape[1]
+    return torch.stack(list(df.rollout(model, K, num_context + K.shape[1], context, **options)), 1)
+
+
+LOOPS = [pytest.param(df.sample, marks=pytest.mark.sampler, id="sample"),
+         pytest.param(rolled, marks=pytest.mark.rollout, id="rollout")]
+
+
 def euler_by_hand(x, sigmas, D):
     """dx / dsigma = (x - D) / sigma (EDM, eqs. 1 and 3), in straight steps."""
     for s, s_next in zip(sigmas, sigmas[1:]):
@@ -436,17 +468,16 @@ def test_a_constant_denoiser_is_landed_on_exactly(kind, u, solver):
     assert torch.equal(out, x0.expand_as(out)), "a step to sigma 0 lands on D exactly"
 
 
-@pytest.mark.sampler
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("solver", df.SOLVERS)
-def test_a_frame_whose_level_is_held_keeps_every_bit(solver):
+def test_a_frame_whose_level_is_held_keeps_every_bit(solver, loop):
     K = torch.tensor([[3, 3], [2, 3], [1, 3], [1, 2], [1, 1], [0, 1], [0, 0]])
-    for run in (df.sample, lambda *args, **options: list(df.rollout(*args, num_frames=2, **options))):
-        spy = Spy(lambda x, sigma: torch.sin(3 * x))
-        run(spy, K, solver=solver)
-        level_1 = df.karras_sigmas(3, spy.config)[1]
-        held = [c["x"][:, 0] for c in spy.calls if c["sigma"].shape[1] == 2 and c["sigma"][0, 0] == level_1]
-        assert len(held) >= 3, "a held frame is still shown to the frames after it"
-        assert all(torch.equal(h, held[0]) for h in held), "a held frame is copied, not stepped"
+    spy = Spy(lambda x, sigma: torch.sin(3 * x))
+    loop(spy, K, solver=solver)
+    level_1 = df.karras_sigmas(3, spy.config)[1]
+    held = [c["x"][:, 0] for c in spy.calls if c["sigma"].shape[1] == 2 and c["sigma"][0, 0] == level_1]
+    assert len(held) >= 3, "a held frame is still shown to the frames after it"
+    assert all(torch.equal(h, held[0]) for h in held), "a held frame is copied, not stepped"
 
 
 @pytest.mark.sampler
@@ -483,6 +514,20 @@ def test_history_carries_the_noise_that_the_network_is_told_drawn_once():
     given = dict(enumerate(x0.unbind(1)))
     assert torch.equal(df.sample(both, matrix("pyramid", 2, 2), keyframes=given, batch_size=4), x0), "all is given"
     assert len(both.calls) == 4, "so there is nothing to call the network for"
+
+
+@pytest.mark.sampler
+def test_noise_is_drawn_frame_by_frame():
+    """So that equal seeds give equal frames in `rollout`, which cannot draw for frames that have not started."""
+    spy, given, source = Spy(causal=False, window=6), torch.randn(2, 2, 3, 8, 8), seed(4)
+    df.sample(spy, matrix("full_sequence", 3, 2), given[:, :1], keyframes={2: given[:, 1]}, generator=seed(4))
+    sigma_max, known, begins = float(df.karras_sigmas(2, spy.config)[2]), 0.05 * units(spy.config), []
+    for frame in (given[:, 0], None, given[:, 1], None):
+        own = torch.randn(2, 3, 8, 8, generator=source) if frame is None else None
+        as_history = torch.randn(2, 3, 8, 8, generator=source)
+        begins.append(sigma_max * own if frame is None else frame + known * as_history)
+    assert torch.allclose(spy.calls[0]["x"], torch.stack(begins, 1), rtol=1e-4, atol=1e-5), \
+        "frame by frame: what it begins as, unless it is given, and then its noise as history"
 
 
 class JointGaussian:
@@ -550,19 +595,48 @@ def test_frames_between_keyframes_have_the_true_mean_and_covariance(kind, u, con
     assert (torch.cov(x[:, 1:3].T).double() - cov).abs().max() < 0.05 * cov[0, 0], f"{kind}: wrong covariance"
 
 
-@pytest.mark.sampler
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_type_and_device_are_those_of_the_context_or_of_the_weights(dtype):
+def test_type_and_device_are_those_of_the_context_or_of_the_weights(dtype, loop, apart):
     actions, nothing = torch.ones(1, 2, 1), torch.empty(1, 0, 3, 8, 8, dtype=dtype)
-    for run in (df.sample, lambda *args, **options: torch.stack(list(df.rollout(*args[:2], 2, args[2], **options)), 1)):
-        spy = Spy(lambda x, sigma: 0.9 * x, action_dim=1)
-        out = run(spy, matrix("pyramid", 2, 2), nothing, actions=actions)
-        types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
-        assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
-    model, K = random_denoiser().to(dtype if dtype == torch.float64 else torch.float32), matrix("pyramid", 2, 2)
-    out = df.sample(model, K)
-    assert out.dtype == next(model.parameters()).dtype, "without a context: as the weights"
-    assert not out.requires_grad and not next(df.rollout(model, K, 2)).requires_grad, "it keeps no graph"
+    spy, K = Spy(lambda x, sigma: 0.9 * x, action_dim=1), matrix("pyramid", 2, 2)
+    out = loop(spy, K, nothing, actions=actions)
+    types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
+    assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
+    model, types = random_denoiser(temporal=apart).to(dtype if dtype == torch.float64 else torch.float32), set()
+    model.register_forward_pre_hook(lambda module, args: types.add(args[0].dtype))
+    out = loop(model, K)
+    assert types | {out.dtype} == {next(model.parameters()).dtype}, "without a context: as the weights"
+    assert not out.requires_grad, "it keeps no graph"
+
+
+GOOD, CLIP = matrix("autoregressive", 2, 2), torch.zeros(1, 2, 3, 8, 8)
+IMPOSSIBLE = [
+    ("a matrix upside down", dict(matrix=GOOD.flip(0))), ("a matrix of floats", dict(matrix=GOOD.float())),
+    ("a level that rises", dict(matrix=torch.tensor([[2], [1], [2], [0]]))), ("levels below 0", dict(matrix=GOOD - 1)),
+    ("a matrix of zeros", dict(matrix=GOOD[-1:])), ("a matrix that does not end at 0", dict(matrix=GOOD[:-1])),
+    ("a matrix that does not begin at S", dict(matrix=GOOD[1:])), ("an empty matrix", dict(matrix=GOOD[:0])),
+    ("a matrix without a frame", dict(matrix=GOOD[:, :0])), ("a matrix of one axis", dict(matrix=GOOD[0])),
+    ("a solver", dict(solver="rk")),
+    ("1 number a frame where 2 are needed", dict(actions=torch.zeros(1, 4, 1))), ("no clip", dict(batch_size=0)),
+    ("actions of two clips", dict(actions=torch.zeros(2, 4, 2))), ("of one axis", dict(actions=torch.zeros(4))),
+    ("too few actions", dict(actions=torch.zeros(1, 1, 2))), ("context of bytes", dict(context=CLIP.byte())),
+    ("context of another size", dict(context=CLIP[..., :4])), ("of one channel", dict(context=CLIP[:, :, :1]))]
+
+
+@pytest.mark.sampler
+def test_sample_refuses_what_cannot_work():
+    both, causal = Spy(action_dim=2, causal=False, window=4), Spy(action_dim=2)
+    long = matrix("full_sequence", 5, 2)
+    for what, options in IMPOSSIBLE + [
+            ("frames beyond the window", dict(matrix=long)), ("with context", dict(matrix=long[:, :3], context=CLIP)),
+            ("keyframes for a causal model", dict(model=causal, keyframes={1: CLIP[:, 1]})),
+            ("a keyframe in the context", dict(context=CLIP, keyframes={0: CLIP[:, 0]})),
+            ("one beyond the end", dict(keyframes={2: CLIP[:, 0]})), ("before 0", dict(keyframes={-1: CLIP[:, 0]})),
+            ("of bytes", dict(keyframes={1: CLIP[:, 0].byte()})), ("a size", dict(keyframes={1: CLIP[:, 0, :, :4]})),
+            ("keyframes of two clips for one", dict(keyframes={1: CLIP[0]}))]:
+        refused(f"sample: {what}", df.sample, **dict(model=both, matrix=GOOD) | options)
+    assert not both.calls and not causal.calls, "nothing is computed before that"
 
 
 # ---- 7. rollout -----------------------------------------------------------------------------------------------------
@@ -602,6 +676,14 @@ def test_rollout_is_sample_with_a_state(temporal, kind, u, T, period):
         assert torch.equal(frames[:, :num_context], context), "the context comes first, as it went in"
         worst = float((frames - clip).abs().max())
         assert worst < 1e-5, f"off by {worst:.1e}: context {num_context}, actions {acting}, {options.keys()}"
+
+
+@pytest.mark.rollout
+def test_levels_may_be_held_or_skipped_as_in_sample():
+    spy = Spy(lambda x, sigma: torch.tanh(x) / (1 + df.per_frame(sigma)))
+    K = torch.tensor([[5, 5], [4, 5], [2, 5], [2, 3], [1, 2], [1, 1], [0, 1], [0, 0]])
+    clip = df.sample(spy, K, generator=seed())
+    assert torch.allclose(rolled(spy, K, generator=seed()), clip, atol=1e-6), "D_last and s_last are of its last step"
 
 
 @pytest.mark.rollout
@@ -645,6 +727,8 @@ def test_a_rollout_without_an_end_goes_on_and_a_longer_one_begins_with_the_short
     for N in (1, 7, 30):
         whole = torch.stack(list(df.rollout(spy, K, N, generator=seed(5))), 1)
         assert torch.equal(first[:, :N], whole), "noise is drawn frame by frame: num_frames must not change it"
+    column = [df.endless_level([[2], [1], [0]], 2.5, 250_000_002 + m, 100_000_001) for m in range(3)]
+    assert column == [2, 1, 0], "copy j starts floor(j * period) rows late, exactly: float32 has seven digits"
     acting = df.rollout(Spy(action_dim=1), matrix("autoregressive", 1, 2), None, actions=torch.ones(1, 7, 1))
     assert len(list(acting)) == 7, "it ends where its actions end"
 
@@ -712,38 +796,18 @@ def test_actions_may_come_from_an_iterator(kind, u):
 
 
 @pytest.mark.rollout
-def test_what_cannot_work_is_refused_before_anything_is_computed():
-    spy, both, K = Spy(action_dim=2), Spy(action_dim=2, causal=False, window=4), matrix("autoregressive", 2, 2)
-    clip, long = torch.zeros(1, 2, 3, 8, 8), matrix("full_sequence", 5, 2)
-    rolls = lambda K=K, model=spy, num_frames=4, **options: (df.rollout, model, K, num_frames, options)
-    whole = lambda K=K, model=both, **options: (df.sample, model, K, options)
-    either = [
-        ("a matrix upside down", dict(K=K.flip(0))), ("a level that rises", dict(K=torch.tensor([[2], [1], [2], [0]]))),
-        ("a matrix of zeros", dict(K=K[-1:])), ("a matrix that does not end at 0", dict(K=K[:-1])),
-        ("a matrix that does not begin at S", dict(K=K[1:])), ("an empty matrix", dict(K=K[:0])),
-        ("a matrix without a frame", dict(K=K[:, :0])), ("a matrix of floats", dict(K=K.float())),
-        ("a matrix of one axis", dict(K=K[0])), ("levels below 0", dict(K=K - 1)), ("a solver", dict(solver="rk")),
-        ("1 number a frame where 2 are needed", dict(actions=torch.zeros(1, 4, 1))), ("no clip", dict(batch_size=0)),
-        ("actions of two clips", dict(actions=torch.zeros(2, 4, 2))), ("of one axis", dict(actions=torch.zeros(4))),
-        ("too few actions", dict(actions=torch.zeros(1, 1, 2))), ("context of bytes", dict(context=clip.byte())),
-        ("context of another size", dict(context=clip[..., :4])), ("of one channel", dict(context=clip[:, :, :1]))]
-    calls = [(what, call(**options)) for call in (rolls, whole) for what, options in either] + [
-        ("a frame cleaner than one before it", rolls(K.flip(1))), ("a trapezoid", rolls(matrix("trapezoid", 5, 2))),
-        ("a rollout of no frame", rolls(num_frames=0)), ("a period of 0", rolls(period=0)),
-        ("an endless period", rolls(period=math.inf)), ("copies that clash", rolls(period=1.9)),
-        ("2 frames after 2 of context, 1 in all", rolls(context=clip, num_frames=1)),
-        ("a bidirectional model, which has no state", rolls(model=both)), ("frames beyond the window", whole(long)),
-        ("context and frames beyond the window", whole(matrix("full_sequence", 3, 2), context=clip)),
-        ("keyframes for a causal model", whole(model=spy, keyframes={1: clip[:, 1]})),
-        ("a keyframe in the context", whole(context=clip, keyframes={0: clip[:, 0]})),
-        ("one beyond the end", whole(keyframes={2: clip[:, 0]})), ("before 0", whole(keyframes={-1: clip[:, 0]})),
-        ("one of bytes", whole(keyframes={1: clip[:, 0].byte()})), ("a size", whole(keyframes={1: clip[:, 0, :, :4]})),
-        ("keyframes of two clips for one", whole(keyframes={1: clip[0]}))]
-    for what, (function, *args, options) in calls:
-        refused(f"{function.__name__}: {what}", function, *args, **options)
-    refused("actions for a model without", df.rollout, Spy(), K, 4, actions=torch.zeros(1, 4, 2))
-    df.rollout(spy, K, 4, period=2)  # the last column starts in row 2: the next copy may start there, too
-    df.rollout(spy, K, 4, actions=torch.zeros(1, 9, 2))  # more actions than frames are welcome
+def test_rollout_refuses_what_cannot_work_before_anything_is_computed():
+    spy, both = Spy(action_dim=2), Spy(action_dim=2, causal=False, window=4)
+    for what, options in IMPOSSIBLE + [
+            ("a frame cleaner than one before it", dict(matrix=GOOD.flip(1))), ("copies that clash", dict(period=1.9)),
+            ("a trapezoid", dict(matrix=matrix("trapezoid", 5, 2))), ("a rollout of no frame", dict(num_frames=0)),
+            ("a period of 0", dict(period=0)), ("an endless period", dict(period=math.inf)),
+            ("2 frames after 2 of context, 1 in all", dict(context=CLIP, num_frames=1)),
+            ("a bidirectional model, which has no state", dict(model=both))]:
+        refused(f"rollout: {what}", df.rollout, **dict(model=spy, matrix=GOOD, num_frames=4) | options)
+    refused("actions for a model without", df.rollout, Spy(), GOOD, 4, actions=torch.zeros(1, 4, 2))
+    df.rollout(spy, GOOD, 4, period=2)  # the last column starts in row 2: the next copy may start there, too
+    df.rollout(spy, GOOD, 4, actions=torch.zeros(1, 9, 2))  # more actions than frames are welcome
     assert not spy.calls and not both.calls, "nothing is computed before the first frame is asked for"
 
 
@@ -1027,6 +1091,16 @@ def mix(m, x, state=None, commit=None, two_streams=False):
     return m(x, state, commit, m.pattern(x.shape[1], state, two_streams, x.device))
 
 
+@pytest.mark.streaming
+@pytest.mark.parametrize("temporal", MIXERS)
+def test_when_no_frame_enters_the_state_of_a_mixer_it_stays_as_it_was(temporal):
+    m, x = mixer(temporal), torch.randn(2, 3, 16)
+    _, old = mix(m, x)
+    _, new = mix(m, x, old, commit=0)
+    assert all(map(torch.equal, flat([new]), flat([old]))), "commit=0: the old state"
+    assert mix(m, x, None, commit=0)[1] is None, "commit=0: still none"
+
+
 @pytest.mark.attention
 @pytest.mark.parametrize("window", [1, 3, 20])
 @pytest.mark.parametrize("causal", [True, False])
@@ -1053,18 +1127,20 @@ def test_each_stream_sees_the_history_that_it_may():
 
 @pytest.mark.attention
 def test_attention_by_its_formula():
-    """Pair i of channels (i, i + d/2) turns by pi/2 1000^(-i / (d/2)) a frame; then softmax(q k / sqrt(d)) v."""
-    m, x = mixer("attention"), torch.randn(1, 4, 16)
+    """Pair i of channels turns by pi/2 1000^(-i / (d/2)) a frame, either way; a pair is (i, i + d/2) or neighbours."""
+    m, x, expected = mixer("attention"), torch.randn(1, 4, 16), []
     q, k, v = m.qkv(x).view(1, 4, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (1,heads,T,d) each
-    score = torch.full((1, 2, 4, 4), -math.inf)
-    for i, j in itertools.product(range(4), repeat=2):
-        if j <= i:
-            angle = (i - j) * math.pi / 2 * 1000 ** (-torch.arange(4) / 4)
-            a, b, c, d = *q[:, :, i].chunk(2, -1), *k[:, :, j].chunk(2, -1)
-            score[:, :, i, j] = ((a * c + b * d) * angle.cos() + (a * d - b * c) * angle.sin()).sum(-1) / 8**0.5
-    y = score.softmax(-1) @ v
-    expected = m.out(y.transpose(1, 2).reshape(1, 4, 16))
-    assert torch.allclose(mix(m, x)[0], expected, atol=1e-5), "softmax(q k / sqrt(d)) v, with q and k turned"
+    for pairs, way in itertools.product((lambda z: z.chunk(2, -1), lambda z: (z[..., ::2], z[..., 1::2])), (1, -1)):
+        score = torch.full((1, 2, 4, 4), -math.inf)
+        for i, j in itertools.product(range(4), repeat=2):
+            if j <= i:
+                angle = way * (i - j) * math.pi / 2 * 1000 ** (-torch.arange(4) / 4)
+                a, b, c, d = *pairs(q[:, :, i]), *pairs(k[:, :, j])
+                score[:, :, i, j] = ((a * c + b * d) * angle.cos() + (a * d - b * c) * angle.sin()).sum(-1) / 8**0.5
+        y = score.softmax(-1) @ v
+        expected.append(m.out(y.transpose(1, 2).reshape(1, 4, 16)))
+    assert any(torch.allclose(mix(m, x)[0], each, atol=1e-5) for each in expected), \
+        "softmax(q k / sqrt(d)) v, with q and k turned"
 
 
 @pytest.mark.attention
@@ -1101,7 +1177,7 @@ def test_attention_splits_more_than_65535_sequences(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **o: sizes.append(len(q)) or real(q, *a, **o))
     m, x = mixer("attention"), torch.randn(66_000, 1, 16)
     out, _ = mix(m, x)
-    assert max(sizes) <= 65_535, "CUDA's kernels take at most 65,535 sequences a call"
+    assert max(sizes, default=0) <= 65_535, "CUDA's kernels take at most 65,535 sequences a call"
     assert torch.allclose(out[-1:], mix(m, x[-1:])[0], atol=1e-6), "the parts are put together in order"
 
 
@@ -1237,6 +1313,14 @@ def test_two_runs_that_save_to_one_path_do_not_share_a_file(tmp_path, monkeypatc
             second.write_bytes(b"second")
         first.write_bytes(b"first")
     assert first != second and (tmp_path / "m.pt").read_bytes() == b"first", "the last one to finish wins, and is whole"
+
+
+@pytest.mark.checkpoint
+def test_every_checkpoint_was_trained_with_this_rotation():
+    m, x, angle = mixer("attention"), torch.randn(1, 1, 2, 8), math.pi / 2 * 1000 ** (-torch.arange(4) / 4)
+    (a, b), turned = x[0, 0, 1].chunk(2), df.rotary(x, *m.pattern(2, None, False, x.device)[1:])[0, 0, 1]
+    expected = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+    assert torch.allclose(turned, expected, atol=1e-6), "channels i and i + d/2 are a pair, and turn from i to i + d/2"
 
 
 @pytest.mark.checkpoint
