@@ -7,9 +7,7 @@ Each exercise is graded alone: its functions are the student's, and so is what i
 (functions, imports, constants). All else is ours. The points of an exercise are shared evenly by
 its test functions; one with many cases must pass them all. The exit status is 0 only if nothing is
 missing. Students' code has a process of its own, and LIMIT seconds for each exercise. This stops
-accidents, not attacks.
-
-As a plugin of pytest, this file skips what needs an unwritten function.
+accidents, not attacks. As a plugin of pytest, this file skips what needs an unwritten function.
 """
 
 import json
@@ -123,9 +121,7 @@ def main(argv=None):
         rows.append(grade(theirs, number))
         say(row.format(**rows[-1]), flush=True)
     total, most = (sum(row[key] for row in rows) for key in ("points", "of"))
-    say(f"| all | {total:g} of {most} | | |")
-    if args.json:
-        print(json.dumps(rows))
+    print(json.dumps(rows) if args.json else f"| all | {total:g} of {most} | | |")
     return total < most
 
 

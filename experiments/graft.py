@@ -13,7 +13,7 @@ FOREIGN = """
 try:
     exec({text!r})
 except BaseException as error:
-    def broken(*_, problem=repr(error), **__):
+    def broken(*_, problem=f"{{type(error).__name__}}: {{error}}", **__):
         raise RuntimeError(problem)
     {name} = broken
 """
