@@ -28,6 +28,7 @@ from data.clips import to_frames
 from diffusion_forcing import Config, Denoiser, TemporalAttention
 
 HERE = Path(__file__).parent
+pytest_plugins = ["experiments.exercise"]  # what needs an unwritten exercise is skipped
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 KINDS = [("autoregressive", 0), ("pyramid", 1), ("pyramid", 2.5), ("pyramid", 0.4), ("full_sequence", 0)]
 TRAPEZOIDS = [("trapezoid", 1), ("trapezoid", 2.5), ("trapezoid", 0.4)]  # for bidirectional models only

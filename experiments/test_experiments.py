@@ -1,6 +1,8 @@
-"""What is built on top. `pytest -m guidance`, `pytest -m play` and `pytest -m compare` run one part of it."""
+"""What is built on top. `pytest -m guidance` runs one part of it; play, compare and exercise are others."""
 
+import ast
 import itertools
+import json
 import math
 import os
 import re
@@ -8,7 +10,8 @@ import select
 import signal
 import sys
 import time
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ import torch
 import diffusion_forcing as df
 import sample
 from data.balls import bouncing_balls
-from experiments import drift, guidance, play
+from experiments import drift, exercise, graft, guidance, play
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
@@ -251,9 +254,6 @@ def test_the_terminal_is_as_before_while_it_is_halted_and_at_the_end(said):
     assert os.waitpid(pid, 0)[0] == pid and len(np.load("o.npy")) > 0, "--out keeps what was played"
 
 
-# ---- compare --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.compare
 def test_the_distance_of_two_gaussians_is_the_one_of_the_closed_form():
     rng = np.random.default_rng(0)
@@ -276,3 +276,209 @@ def test_drift_tells_blur_from_grain_and_a_still_from_motion():
     assert still[0] > 5 * others[0] and soft[0] > 1.5 * others[0], "the distance, against that of other real clips"
     assert soft[1] < 0.7 < 1.3 < grain[1] and still[1] == pytest.approx(1, abs=0.2), "how sharp they are"
     assert still[2] == 0 and others[2] == pytest.approx(1, abs=0.2), "how much they move"
+
+
+@pytest.fixture
+def ours():
+    """The core, with all that students write."""
+    if graft.unwritten():
+        pytest.skip(f"waits for {graft.unwritten()[0]}")  # this is a student's project
+    return graft.read(graft.HERE / graft.CORE)
+
+
+def blank(code):
+    """The core, as students get it."""
+    for number in graft.exercises():
+        code = graft.without(code, number)
+    return code
+
+
+def module(code):
+    m = ModuleType("core")
+    exec(code, vars(m))
+    return m
+
+
+@pytest.mark.exercise
+def test_the_table_in_readme_names_functions_that_exist_tests_that_run_and_100_points(ours):
+    table, tests = graft.exercises(), {}
+    for node in ast.parse(graft.read(graft.HERE / exercise.FILES[1])).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            tests[node.name] = re.findall(r"pytest\.mark\.(\w+)", " ".join(map(ast.unparse, node.decorator_list)))
+    assert [*table] == [*range(1, 10)] and sum(points for *_, points in table.values()) == 100
+    everything = [name for names, *_ in table.values() for name in names]
+    assert len(set(everything)) == len(everything), "each function is written once"
+    for name in everything:
+        owner, _, function = name.rpartition(".")
+        assert f"def {function}(" in graft.definitions(ours, owner)[function], f"{name} is not there"
+    for number, (_, options, _) in table.items():
+        asked = {"-m": "True", "-k": "True"} | dict(zip(options[::2], options[1::2]))
+        words = {key: re.findall(r"\w+", expression) for key, expression in asked.items()}
+        chosen = [name for name, marks in tests.items() if eval(asked["-m"], {w: w in marks for w in words["-m"]})
+                  and eval(asked["-k"], {w: w in name for w in words["-k"]})]
+        assert chosen and len(asked) == 2, f"exercise {number}: `pytest {' '.join(options)}` runs no test"
+
+
+@pytest.mark.exercise
+def test_a_handout_is_this_project_without_solutions(ours, tmp_path, capsys):
+    def functions(code):
+        """-> {name: (docstring, how it is called, statements)}"""
+        found, tree = {}, ast.parse(code)
+        for owner in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]:
+            for f in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+                body = f.body[ast.get_docstring(f) is not None:]
+                call = ast.dump(f.args) + "".join(map(ast.dump, f.decorator_list))
+                found[f"{getattr(owner, 'name', '')}.{f.name}".strip(".")] = ast.get_docstring(f), call, body
+        return found
+
+    exercise.main(["handout", str(tmp_path / "student")])
+    was, is_now = functions(ours), functions(graft.read(tmp_path / "student" / graft.CORE))
+    files = [path for path in (tmp_path / "student").rglob("*") if path.is_file()]
+    said = [graft.read(path) for path in files if path.suffix in (".py", ".md") and path.name != graft.CORE]
+    exercised = {name: number for number, (names, *_) in graft.exercises().items() for name in names}
+    for name, (docstring, call, body) in was.items():
+        assert is_now[name][:2] == (docstring, call), f"{name}: its docstring, arguments and decorators stay"
+        if name not in exercised:
+            assert [*map(ast.dump, is_now[name][2])] == [*map(ast.dump, body)], f"{name} is no exercise, and stays"
+            continue
+        error = f'raise NotImplementedError("exercise {exercised[name]}: {name}")'
+        assert [*map(ast.unparse, is_now[name][2])] == [ast.unparse(ast.parse(error))], f"{name} says what it is"
+        lines = ours.splitlines()[body[0].lineno - 1 : body[-1].end_lineno]
+        for line in (line.strip() for line in lines if len(line.strip()) > 35):
+            assert not any(line in text for text in said), f"{name} can be read in the handout: {line}"
+    assert is_now.keys() == was.keys() and {"balls.pt", "play.py"} < {path.name for path in files}, "it is whole"
+    assert not {".git", ".venv", "__pycache__", "LOG.md"} & {part for path in files for part in path.parts}
+    with pytest.raises(SystemExit):
+        exercise.main(["handout", str(tmp_path / "student")])
+    assert "not empty" in capsys.readouterr().err.splitlines()[-1], "what a student wrote is not written over"
+
+
+@pytest.mark.exercise
+def test_of_a_student_only_the_functions_of_an_exercise_are_taken_and_what_is_new_beside_them(ours):
+    right = graft.definitions(ours)
+    theirs = blank(ours) + """
+import fractions
+from fractions import \\
+    Fraction as Half
+HALF, TWO = Half(1, 2), 2
+sys.exit("a line that was forgotten")
+while True:
+    pass
+matrix = scheduling_matrix("nonsense", 1, 1)  # another one
+
+def twice(v):
+# a comment at the left
+    return v * TWO
+def randn(shape, like, generator=None):
+    return 7  # this is no exercise: ours stays
+def loss_weight(sigma, sigma_data):
+    return 7  # another exercise
+@torch.no_grad()
+def karras_sigmas(
+    num_steps, config
+):
+    assert not torch.is_grad_enabled()
+    return twice(float(HALF)) * num_steps
+def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0:
+    return (
+"""
+    m = module(graft.graft(ours, theirs, 5))
+    assert m.karras_sigmas(3, None) == 3, "helpers, constants and imports come along; and decorators"
+    with pytest.raises(RuntimeError, match="SyntaxError"):
+        m.scheduling_matrix("pyramid", 1, 8)
+    assert m.loss_weight(1, 1) == 2 and m.randn((2,), torch.ones(1)).shape == (2,), "all else is ours"
+    for code in ("", theirs.replace("def karras", "deff karras"), ours.replace("def karras", "def carras")):
+        with pytest.raises(NotImplementedError, match="exercise 5: karras_sigmas"):
+            module(graft.graft(ours, code, 5)).karras_sigmas(3, None)
+    gru = graft.definitions(ours, "TemporalGRU")["run"]
+    for broken in ("def forward(self, x state)", "def __init__(self:"):
+        mine = "    def mine(self, x, first):\n        return self.gru(x, 0 * first)\n"
+        mine += f"\n    {broken}\n        pass\n\n" + gru.replace("return self.gru", "return self.mine")
+        theirs = ours.replace(gru, mine)
+        m = module(graft.graft(ours, theirs, 7))
+        mixer, x, h = m.TemporalGRU(8, m.Config()), torch.randn(2, 3, 8), torch.randn(2, 8)
+        assert torch.equal(mixer.run(x, h), mixer.gru(x)[0]), "methods, too, with the new ones of their class"
+    assert right.keys() == graft.definitions(graft.without(ours, 5)).keys()
+
+
+@pytest.mark.exercise
+def test_a_test_waits_for_what_is_not_written_and_fails_for_all_else(monkeypatch):
+    def run(error):
+        hook = exercise.pytest_runtest_call(None)
+        next(hook)
+        hook.throw(error)
+
+    monkeypatch.setattr(exercise, "unwritten", lambda: ["exercise 5: karras_sigmas", "exercise 8: rotary"])
+    missing = NotImplementedError("exercise 8: rotary")
+    caught = ValueError("the checkpoint is damaged")
+    caught.__cause__ = missing
+    for error in (missing, caught, AssertionError(f"exit status 1\nNotImplementedError: {missing}")):
+        with pytest.raises(pytest.skip.Exception, match="^waits for exercise 8: rotary$"):
+            run(error)
+    for error in (NotImplementedError("conv9d"), NotImplementedError("exercise 1: loss_weight"), AssertionError("no")):
+        with pytest.raises(type(error), match=str(error)):
+            run(error)
+
+
+@pytest.mark.exercise
+def test_points_are_for_functions_all_of_whose_cases_pass(ours, tmp_path, monkeypatch, capsys):
+    def run(command, folder, limit):
+        assert graft.read(Path(folder, graft.CORE)) == graft.graft(ours, "theirs", 6), "what is graded"
+        assert command[-2:] == ["-m", "sampler"], "and by which tests"
+        Path(folder, "results.xml").write_text(results) if results else None
+        return "no end in 9 seconds"
+
+    def graded(*words):
+        status = exercise.main(["grade", str(tmp_path), "6", *words])
+        return status, capsys.readouterr().out
+
+    (tmp_path / graft.CORE).write_text("theirs")
+    monkeypatch.setattr(exercise, "run", run)
+    case = lambda name, bad="": f'<testcase name="{name}">{bad}</testcase>'
+    cases = [case("test_a[1]"), case("test_a[2]", '<failure message="E: why&#10;more"/>'), case("test_a[3]"),
+             case("test_b", '<skipped message="waits"/>'), case("test_c", '<error message="e"/>'), case("test_d")]
+    results = f"<x>{''.join(cases)}</x>"
+    status, out = graded("--json")
+    assert status and json.loads(out) == [dict(exercise=6, names="solver_step, sample", points=3, of=12, passed=1,
+                                               tests=4, failed="test_a: E: why")]
+    assert graded()[1].splitlines()[2:] == ["| 6 solver_step, sample | 3 of 12 | 1 of 4 | test_a: E: why |",
+                                            "| all | 3 of 12 | | |"]
+    results = f"<x>{cases[0]}{cases[2]}{cases[-1]}</x>"
+    status, out = graded()
+    assert not status and "| 12 of 12 | 2 of 2 |  |" in out, "exit status 0, if all is there"
+    results = ""
+    status, out = graded()
+    assert status and "| 0 of 12 | 0 of 0 | no end in 9 seconds |" in out
+
+
+@pytest.mark.exercise
+def test_what_never_ends_is_ended_with_all_that_it_started(tmp_path):
+    late = "import subprocess; subprocess.Popen(['sh', '-c', 'sleep 2; echo > late'])\nwhile True: pass"
+    assert exercise.run([sys.executable, "-c", late], tmp_path, 1) == "no end in 1 seconds"
+    assert "exit status 3" in exercise.run([sys.executable, "-c", "import os; os._exit(3)"], tmp_path, 60)
+    assert "exit status 1" in exercise.run([sys.executable, "-c", "input()"], tmp_path, 60), "nobody answers"
+    time.sleep(1.5)
+    assert not (tmp_path / "late").exists(), "what it started lives on"
+
+
+@pytest.mark.exercise
+def test_a_student_is_graded(ours, tmp_path, capsys):
+    """One of two functions is right, in another shape. All tests are ours, and none of the student's files is run."""
+    theirs = blank(ours) + """
+def half(number):
+    return number / 2
+def karras_sigmas(num_steps, config):
+    low, high = (sigma ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max))
+    between = [high if num_steps == 1 else low + (high - low) * k / (num_steps - 1) for k in range(num_steps)]
+    return torch.tensor([0.0, *(2 * half(config.in_frame_units(s**config.rho)) for s in between)])
+def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
+    sys.exit("I give up")
+"""
+    (tmp_path / graft.CORE).write_text(theirs)
+    (tmp_path / exercise.FILES[1]).write_text("raise SystemExit")
+    status = exercise.main(["grade", str(tmp_path), "5", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    first = row.pop("failed")
+    assert status and (row["exercise"], row["names"]) == (5, "karras_sigmas, scheduling_matrix")
+    assert [row[key] for key in ("points", "of", "passed", "tests")] == [2.7, 8, 1, 3], "a third of 8 points"
+    assert first.startswith("test_matrix_against_a_slow_loop: "), first
