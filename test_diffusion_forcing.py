@@ -1557,10 +1557,11 @@ def test_expected_loss_knows_the_frames_own_sigma_and_those_around_it(causal, se
     assert torch.autocast("cpu", torch.bfloat16)(model)(own, own).dtype == torch.float32, "bfloat16: wrong by percents"
 
 
-USUAL = dict(height=32, width=32, clip_frames=16, window=16, stride=1, temporal="attention", causal=True, P_mean=-0.6,
+USUAL = dict(height=32, width=32, clip_frames=16, window=16, stride=1, temporal="gru", causal=True, P_mean=-0.6,
              P_std=2.4, context_noise=0.05, dim=32, dim_mults=(1, 2), preset="small", batch=2, steps=math.inf, lr=0.003,
              minutes=8, fast=False, save_minutes=2, seed=0, forcing="diffusion", action_dim=2)
-BIG = dict(height=64, width=64, dim=128, dim_mults=(1, 2, 3, 4), preset="base", batch=32, lr=0.0003, save_minutes=10)
+BIG = dict(height=64, width=64, dim=128, dim_mults=(1, 2, 3, 4), preset="base", batch=32, lr=0.0003, save_minutes=10,
+           temporal="attention")
 
 
 @pytest.mark.cli
@@ -1569,12 +1570,14 @@ BIG = dict(height=64, width=64, dim=128, dim_mults=(1, 2, 3, 4), preset="base", 
     ("--data clips", (8, 0), BIG | dict(minutes=240, fast=True)), ("--size 16", None, dict(width=16, height=16)),
     ("--preset base --minutes 2", (7, 5), BIG | dict(minutes=2)), ("--forcing teacher", None, dict(P_std=1.6)),
     ("--steps 9 --seed 3 --batch 7 --lr 1 --no-push", None, dict(steps=9, minutes=math.inf, seed=3, batch=7, lr=1)),
-    ("--window 3 --context-noise 0.2 --temporal gru", None, dict(window=3, context_noise=0.2, temporal="gru")),
+    ("--window 3 --context-noise 0.2 --temporal attention", None,
+     dict(window=3, context_noise=0.2, temporal="attention")), ("--preset base --temporal gru", None, BIG | dict(
+         temporal="gru", minutes=240)),
     ("--data clips --size 8 24 --stride 2 --clip-frames 4 --steps 1 --minutes 3", None,
      dict(height=8, width=24, stride=2, clip_frames=4, window=4, minutes=3, steps=1)),
-    ("--forcing full_sequence", None, dict(P_mean=0.4, P_std=1.6, causal=False)),
+    ("--forcing full_sequence", None, dict(P_mean=0.4, P_std=1.6, causal=False, temporal="attention")),
     ("--forcing full_sequence --temporal gru", None, dict(P_mean=0.4, P_std=1.6, temporal="gru")),
-    ("--bidirectional", None, dict(P_mean=0.6, P_std=2.0, causal=False))])
+    ("--bidirectional", None, dict(P_mean=0.6, P_std=2.0, causal=False, temporal="attention"))])
 def test_words_become_settings_and_a_config(tmp_path, monkeypatch, words, card, new):
     make_clips(tmp_path / "clips")
     monkeypatch.chdir(tmp_path)
@@ -1665,12 +1668,13 @@ def test_a_run_that_was_stopped_and_killed_gives_the_bits_of_an_undisturbed_one(
     with monkeypatch.context() as m:  # killed at step 20, between the two files
         m.setattr(df.os, "replace", lambda a, b: sys.exit("killed") if str(b) == "model.pt" else os.rename(a, b))
         run("--resume", code="killed")
-    run("--resume --size 16 --seed 0 --temporal attention")  # as it was
+    run("--resume --size 16 --seed 0 --temporal gru")  # as it was
     a, b = saved(tmp_path, "whole"), saved(tmp_path)
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("objective", "average", "shipped") for k in a[part])
     logs = [{row.split(",")[0]: row.split(",")[:3] for row in got["log"].splitlines()} for got in (a, b)]
     assert [*logs[1]] == ["step", "9", "20", "40", "60", "62"] and logs[0]["40"] == logs[1]["40"]
-    for words in ("--window 3", "--temporal gru", "--size 32", "--clip-frames 5", "--batch 3", "--seed 1", "--no-push"):
+    for words in ("--window 3", "--temporal attention", "--size 32", "--clip-frames 5", "--batch 3", "--seed 1",
+                  "--no-push"):
         assert words.split()[0] in run(f"--resume {words}", code=2), "say what cannot change"
     run("--resume --steps 63 --minutes 9 --lr 1e-5 --cache x")
     assert saved(tmp_path)["step"] == 63 and not [*tmp_path.glob("*tmp*")]

@@ -41,9 +41,9 @@ from sample import (fitting_length, generate, is_small, mistakes, positive, posi
 
 PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, for a GPU.
     "small": dict(size=[32], batch=2, lr=3e-3, warmup=100, ema=0.995, minutes=8.0, dim=32,
-                  dim_mults=(1, 2), save_minutes=2),
+                  dim_mults=(1, 2), temporal="gru", save_minutes=2),
     "base": dict(size=[64], batch=32, lr=3e-4, warmup=1000, ema=0.9995, minutes=240.0, dim=128,
-                 dim_mults=(1, 2, 3, 4), save_minutes=10),
+                 dim_mults=(1, 2, 3, 4), temporal="attention", save_minutes=10),
 }
 NOISE = {"diffusion": (-0.6, 2.4), "bidirectional": (0.6, 2.0), "teacher": (-0.6, 1.6),
          "full_sequence": (0.4, 1.6)}  # P_mean and P_std of Config, chosen by rollouts
@@ -212,7 +212,7 @@ def parse_args():
     add("--lr", type=positive_float, help="learning rate (0.003; 0.0003)")
     add("--no-push", action="store_true", help="balls that nobody pushes, and no actions")
     add("--window", type=positive, help="frames that attention sees (--clip-frames)")
-    add("--temporal", choices=MIXERS, default="attention", help="(%(default)s)")
+    add("--temporal", choices=MIXERS, help="(gru; base, or to look ahead: attention)")
     add("--forcing", choices=FORCINGS, default="diffusion", help="paradigm (%(default)s)")
     add("--bidirectional", action="store_true", help="frames also see later ones: for keyframes")
     add("--context-noise", type=positive_float, default=0.05, help="of the history (%(default)s)")
@@ -236,6 +236,8 @@ def parse_args():
             need(given.overwrite or not path.exists(), f"{path} exists: --resume or --overwrite it")
         preset = given.preset or ("base" if given.data and capable else "small")
         p.set_defaults(window=given.clip_frames, preset=preset, steps=math.inf, **PRESETS[preset])
+        if given.bidirectional or given.forcing == "full_sequence":
+            p.set_defaults(temporal="attention")  # a GRU cannot look ahead
     if given.steps or given.minutes:  # the length that is asked for, and no other
         p.set_defaults(steps=math.inf, minutes=math.inf)
     s = p.parse_args()

@@ -86,12 +86,13 @@ def folder(args, *names):
 
 
 def train(options, seed, args):
-    """-> the checkpoint of a run: on a folder of clips, or on balls that nobody pushes."""
+    """-> the checkpoint of a run: on a folder of clips, or on balls that nobody pushes. All have
+    attention, for bidirectional models need it: so only the paradigm differs."""
     path = folder(args, "train", options, "seed", seed)
     data = ["--data", args.data, "--size", args.size] if args.data else ["--no-push"]
     call("train.py", [*options.split(), *data, "--minutes", args.minutes, "--seed", seed,
-                      "--preset", "small", "--device", "cpu", "--out", path / "model.pt",
-                      "--overwrite"], path / "log.txt")
+                      "--preset", "small", "--temporal", "attention", "--device", "cpu",
+                      "--out", path / "model.pt", "--overwrite"], path / "log.txt")
     return path / "model.pt"
 
 
