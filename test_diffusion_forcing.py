@@ -380,17 +380,23 @@ def test_levels_are_those_of_edm():
     assert bent == pytest.approx(((0.02**0.5 + 80**0.5) / 2) ** 2, rel=1e-4), "rho is that of the Config"
 
 
-@pytest.mark.schedule
-@pytest.mark.parametrize("kind,u", KINDS + TRAPEZOIDS)
-@pytest.mark.parametrize("T,S", [(1, 1), (1, 4), (5, 1), (4, 3), (7, 10)])
-def test_matrix_against_a_slow_loop(kind, u, T, S):
-    K = df.scheduling_matrix(kind, T, S, u)
+def matrix(kind, T, S, u=1.0):
+    """A matrix, row by row. The tests of later sections take it, too."""
     apart = {"autoregressive": S, "full_sequence": 0}.get(kind, u)
     order = [min(t, T - 1 - t) if kind == "trapezoid" else t for t in range(T)]  # how far from an end
     rows, m = [], 0
     while not rows or any(rows[-1]):
         rows.append([min(S, max(0, S + math.floor(apart * n) - m)) for n in order])
         m += 1
+    return torch.tensor(rows)
+
+
+@pytest.mark.schedule
+@pytest.mark.parametrize("kind,u", KINDS + TRAPEZOIDS)
+@pytest.mark.parametrize("T,S", [(1, 1), (1, 4), (5, 1), (4, 3), (7, 10)])
+def test_matrix_against_a_slow_loop(kind, u, T, S):
+    K = df.scheduling_matrix(kind, T, S, u)
+    rows = matrix(kind, T, S, u).tolist()
     assert K.tolist() == rows, f"{kind}: K[m, t] = clip(S + floor(u t) - m, 0, S), from all S to all 0"
     assert K.dtype == torch.int64, "levels are integers, and index the sigmas: int64"
 
@@ -403,13 +409,6 @@ def test_impossible_matrices_are_refused(arguments):
 
 
 # ---- 6. sampling: Algorithm 2 ---------------------------------------------------------------------------------------
-
-
-def matrix(kind, T, S, u=1.0):
-    """A matrix by the formula, so that these tests do not need the one of section 5."""
-    apart = {"autoregressive": S, "full_sequence": 0}.get(kind, u)
-    start = torch.tensor([math.floor(apart * (min(t, T - 1 - t) if kind == "trapezoid" else t)) for t in range(T)])
-    return (S + start - torch.arange(S + int(start.max()) + 1)[:, None]).clamp(0, S)
 
 
 def rolled(model, K, context=None, **options):
