@@ -1334,6 +1334,19 @@ def test_the_checkpoint_that_is_shipped_denoises_balls():
     assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0035: the network is not the one that balls.pt was trained with"
 
 
+@pytest.mark.checkpoint
+def test_the_loops_in_readme_train_and_sample():
+    code = (HERE / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    for long, short in (("range(1000)", "range(3)"), ("num_frames=100", "num_frames=3"),
+                        ("    ...", "    shapes.append(frame.shape)")):
+        assert code.count(long) == 1, "shortened for this test"
+        code = code.replace(long, short)
+    names = dict(shapes=[])
+    exec(code, names)
+    assert names["shapes"] == [(1, 3, 32, 32)] * 3, "frames, one by one"
+    assert names["model"].head[-1].weight.any() and not names["model"].training, "it was trained, and then it sampled"
+
+
 # ---- sample.py from the outside ------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,14 @@
 
     pip install "gymnasium[box2d]" && python experiments/lander.py
 
-writes lander/0000.mp4 and lander/0000.actions.npy to lander/0399.*. Frames have 64x64 pixels.
-Actions are one-hot: 0 nothing, 1 left engine, 2 main engine, 3 right engine. Row t leads to frame
-t: four steps of the simulator, as an engine's effect grows with the square of the time.
+takes three minutes and writes lander/0000.mp4 and lander/0000.actions.npy to lander/0399.*. Frames
+have 64x64 pixels. Actions are one-hot: 0 nothing, 1 left engine, 2 main engine, 3 right engine. Row
+t leads to frame t: four steps of the simulator, as an engine's effect grows with the square of the
+time. Then train a model, here for two hours on two CPU cores, and play:
+
+    torchrun --nproc_per_node=2 train.py --data lander/ --size 48 --clip-frames 48 --lr 4e-3 \\
+        --minutes 115 --out lander.pt
+    python experiments/play.py lander.pt --context lander/0009.mp4 --fps 6
 """
 
 from pathlib import Path
