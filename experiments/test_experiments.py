@@ -20,7 +20,7 @@ import torch
 import diffusion_forcing as df
 import sample
 from data.balls import bouncing_balls
-from experiments import drift, exercise, graft, guidance, play
+from experiments import drift, exercise, graft, guidance, play, record
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
@@ -276,6 +276,38 @@ def test_drift_tells_blur_from_grain_and_a_still_from_motion():
     assert still[0] > 5 * others[0] and soft[0] > 1.5 * others[0], "the distance, against that of other real clips"
     assert soft[1] < 0.7 < 1.3 < grain[1] and still[1] == pytest.approx(1, abs=0.2), "how sharp they are"
     assert still[2] == 0 and others[2] == pytest.approx(1, abs=0.2), "how much they move"
+
+
+@pytest.mark.record
+@pytest.mark.parametrize("every,length", [(1, 9), (3, 4)])
+def test_a_row_of_actions_leads_to_its_frame(every, length):
+    """In this world, what is shown is the sum of all actions; it ends after eight steps."""
+    class Sum:
+        action_space = SimpleNamespace(n=3, start=1, sample=lambda: 1)
+
+        def reset(self, seed):
+            self.total, self.steps = seed, 0
+            return self.total, {}
+
+        def render(self):
+            shown = np.arange(60)[:, None] // 10 % 5 > 0  # the rest is black
+            return np.full((40, 60, 3), self.total, np.uint8) * shown
+
+        def step(self, action):
+            self.total, self.steps = self.total + int(action), self.steps + 1
+            return self.total, 0, self.steps == 8, False, {}
+
+    told = []
+    choose = lambda t, total: told.append((t, total)) or 1 + t % 3
+    frames, actions = record.record(Sum(), 5, choose, 20, size=4, every=every)
+    assert frames.shape == (length, 4, 4, 3) and len(set(frames[0].ravel())) == 1, "the square in the middle"
+    assert not actions[0].any() and (actions[1:].sum(1) == 1).all(), "one-hot rows; nothing leads to the first frame"
+    steps = np.diff(frames[:, 0, 0, 0].astype(int))
+    kept = np.minimum(every, 8 - every * np.arange(length - 1))
+    assert (steps == kept * (1 + actions[1:].argmax(1))).all(), "row t is the action between the frames t - 1 and t"
+    assert told == [(t, frames[t - 1, 0, 0, 0]) for t in range(1, length)], "whoever plays sees the frame before"
+    assert len(record.record(Sum(), 5, choose, 3, size=4)[0]) == 3, "no longer than asked for"
+    assert record.as_row(None, np.array([[0.5, -1]])).tolist() == [0.5, -1], "numbers stay numbers"
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["gymnasium[classic-control]", "imageio[ffmpeg]", "numpy"]
+# ///
+"""Records clips of an environment of Gymnasium, with actions, in which somebody plays at random.
+
+    pip install "gymnasium[classic-control]" && python experiments/record.py CartPole-v1
+
+writes CartPole-v1/0000.mp4 and CartPole-v1/0000.actions.npy to CartPole-v1/0099.*, ready for
+`train.py --data CartPole-v1`. Row t of the actions leads to frame t: one-hot, if they are choices;
+else numbers, within the bounds of the environment. The first row is of no action: zeros. Whoever
+plays keeps an action for some frames, or nothing would come of it. To record a better player, or
+yourself, write another `choose`.
+"""
+
+import argparse
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image  # comes with imageio
+
+
+def at_random(space, rng, longest=8):
+    """-> choose(t, observation), a player who keeps each action for 1 to `longest` frames."""
+    until, action = 0, None
+
+    def choose(t, observation):
+        nonlocal until, action
+        if t >= until:
+            until, action = t + rng.integers(1, longest + 1), space.sample()
+        return action
+    return choose
+
+
+def as_row(space, action):
+    """-> float32 (A,): one-hot for one of space.n choices, else the numbers of the action."""
+    if hasattr(space, "n"):
+        return np.eye(space.n, dtype=np.float32)[int(action) - int(getattr(space, "start", 0))]
+    return np.asarray(action, np.float32).ravel()
+
+
+def record(env, seed, choose, num_frames, size=64, every=1):
+    """-> frames (T, size, size, 3) uint8 and actions (T, A), until the episode ends. Each action is
+    kept for `every` steps of the environment. Pictures are cut to a square in their middle."""
+    observation, _ = env.reset(seed=seed)
+    frames, actions, over = [], [], False
+    row = 0 * as_row(env.action_space, env.action_space.sample())
+    while True:
+        image = env.render()
+        side = min(image.shape[:2])
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        square = Image.fromarray(image[top : top + side, left : left + side])
+        frames.append(np.array(square.resize((size, size), Image.BOX)))
+        actions.append(row)
+        if over or len(frames) == num_frames:
+            return np.array(frames), np.array(actions)
+        action = choose(len(frames), observation)
+        row = as_row(env.action_space, action)
+        for _ in range(every):
+            observation, _, terminated, truncated, _ = env.step(action)
+            over = over or terminated or truncated
+            if over:
+                break
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("env", help="an id of Gymnasium, like CartPole-v1")
+    p.add_argument("--clips", type=int, default=100, help="(%(default)s)")
+    p.add_argument("--frames", type=int, default=96, help="of a clip, at most (%(default)s)")
+    p.add_argument("--shortest", type=int, default=16, help="drop shorter clips (%(default)s)")
+    p.add_argument("--every", type=int, default=1, help="steps from frame to frame (%(default)s)")
+    p.add_argument("--size", type=int, default=64, help="height and width (%(default)s)")
+    args = p.parse_args()
+
+    import gymnasium
+    env = gymnasium.make(args.env, render_mode="rgb_array")
+    env.action_space.seed(0)
+    (folder := Path(args.env.replace("/", "-"))).mkdir(exist_ok=True)
+    written = seed = 0
+    while written < args.clips and seed < 100 * args.clips:
+        choose = at_random(env.action_space, np.random.default_rng(seed))
+        frames, actions = record(env, seed, choose, args.frames, args.size, args.every)
+        seed += 1
+        if len(frames) >= args.shortest:
+            name = folder / f"{written:04}.mp4"
+            iio.imwrite(name, frames, fps=15, macro_block_size=1, quality=9)
+            np.save(name.with_suffix(".actions.npy"), actions)
+            written += 1
+    print(f"{written} clips in {folder}/; {seed - written} were shorter than {args.shortest}")
+
+
+if __name__ == "__main__":
+    main()
