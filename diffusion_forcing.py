@@ -146,10 +146,10 @@ def sample_noise_levels(batch_size, num_frames, config, generator=None):
 def alternate(normal, config, generator):
     """normal (B, T) -> the same, but each clip, with chance config.alternating, mixes low and high
     noise, below and above the median. Each frame by itself stays standard normal. Causal: they take
-    turns, and either comes first. What an action does is learned from a frame that is too noisy to
-    show it, after one that is not: 11 % of all neighbours (sigma < .1, then > 2, in Config units),
-    and only 7 % without alternation. Bidirectional: a random share of the frames, uniform in 0 to
-    1, is a gap, to be filled in: high, and all with one sigma, a draw of its own."""
+    turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to 1),
+    wherever they are, is high, to be filled in; these have one sigma, which is a new draw.
+    Why: what an action does is learned from a frame that is too noisy to show it, after one that is
+    not: 11 % of all neighbours (sigma < .1, then > 2, in Config units), and 7 % without this."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -272,11 +272,12 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     model      anything that is called like Denoiser.forward; config defaults to model.config
     matrix     (M+1, T - T_context) integers, from a row of S to a row of 0
     context    (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
-    keyframes  {t: (B, C, H, W)}: frame t, context counted, is given, not sampled
+    keyframes  {t: (B, C, H, W)}: frame t, context counted, is given: its column counts as zeros
     actions    (B, T or more, A): row t leads to frame t; None: they are unknown
-    Raises ValueError where `check_call` does. A row in which nothing moves makes no call. Type and
-    device are those of context. Noise is drawn frame by frame, as in `rollout`, so that equal seeds
-    give equal frames: what a frame begins as, unless it is given, then its one noise as history."""
+    Raises ValueError where `check_call` does. Every call has commit=0, and x, sigma and actions of
+    the type and device of context; a row in which nothing moves makes none. Noise is drawn frame by
+    frame: what it begins as, unless it is given, and then, for any frame, its one noise as history.
+    `rollout` draws in this order, too, so that equal seeds give equal frames."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     given = dict(enumerate(context.unbind(1))) | (keyframes or {})  # {t: (B,C,H,W)}
@@ -310,9 +311,9 @@ def solver_step(x, D, D_last, s_last, s, s_next, solver):
     dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s, but written so
     that at 0 it lands on D exactly. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Alg.
     2) replaces D by a guess of D in the middle of the step. It draws a line, over ln sigma, through
-    D_last (found at s_last (T,)) and D (found at s), and follows it half a step further. But a
-    first step has no D_last (s_last is infinite), and a step to 0 has no middle: D stays. A frame
-    whose level is held keeps every bit, a finished one too (s = s_next = 0)."""
+    D_last (found at s_last (T,), before the frame's last step) and D (found at s), and follows it
+    half a step further. But a first step has no D_last (s_last is infinite), and a step to 0 has no
+    middle: D stays. A frame whose level is held keeps every bit, also at 0."""
     target = D
     if solver == "multistep":
         ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)  # (T,)

@@ -153,14 +153,14 @@ def test_every_frame_has_a_level_of_its_own(forcing, options):
     z = log_sigmas(4000, 5, forcing=forcing, **options)
     assert not torch.equal(z[0], z[1]), "clips of a batch share their levels"
     correlation = torch.corrcoef(z.T) - torch.eye(5)
-    assert correlation.abs().max() < 0.1, "frames of a clip share their noise: draw (B, T) levels, not (B, 1)"
+    assert correlation.abs().max() < 0.1, "levels depend on each other: (B, 1) drawn? alternate called for teacher?"
 
 
 @pytest.mark.noise
 @pytest.mark.parametrize("options", [dict(alternating=0.0), dict(alternating=1.0), dict(alternating=1.0, causal=False)])
 def test_levels_of_each_frame_are_log_normal_in_frame_units(options):
     z = log_sigmas(20000, 4, **options)
-    assert z.mean(0).abs().max() < 0.04, "E[ln sigma] = P_mean + ln(sigma_data / 0.5): units forgotten?"
+    assert z.mean(0).abs().max() < 0.04, "E[ln sigma] = P_mean + ln(sigma_data / 0.5): units? alternate?"
     assert (z.std(0) - 1).abs().max() < 0.03, "the standard deviation of ln sigma is P_std"
     assert ((z.abs() > 2).float().mean(0) - 0.0455).abs().max() < 0.01, "normal: 4.55 % lie beyond two P_std"
 
@@ -190,7 +190,7 @@ def test_a_bidirectional_model_learns_gaps_of_any_length_between_frames_with_lit
     z = log_sigmas(8000, 6, alternating=1.0, causal=False)
     noisy = z > 0
     for clip, much in zip(z[:200], noisy):
-        assert not much.any() or clip[much].max() - clip[much].min() < 1e-4, "noisy frames share one sigma"
+        assert not much.any() or clip[much].max() - clip[much].min() < 1e-4, "what is above the median has one sigma"
         assert len(clip[~much].unique()) == (~much).sum(), "each of the others has a sigma of its own"
     count = noisy.sum(1).bincount(minlength=7) / 8000
     assert (abs(count - 1 / 7) < 0.015).all(), "0, 1 ... 6 noisy frames are as likely: the share is uniform"
@@ -403,7 +403,8 @@ def test_matrix_against_a_slow_loop(kind, u, T, S):
 
 @pytest.mark.schedule
 @pytest.mark.parametrize("arguments", [("none", 4, 4), ("pyramid", 0, 4), ("pyramid", 4, 0), ("pyramid", 4, 4, -1.0),
-                                       ("pyramid", 4, 4, math.inf), ("pyramid", 4, 4, math.nan)])
+                                       ("pyramid", 4, 4, math.inf), ("pyramid", 4, 4, math.nan),
+                                       ("full_sequence", 4, 4, -1.0)])
 def test_impossible_matrices_are_refused(arguments):
     refused(f"a matrix of {arguments}", df.scheduling_matrix, *arguments)
 
@@ -456,7 +457,8 @@ def test_each_frame_takes_the_steps_of_its_column(K, options, by_hand):
     for t in range(K.shape[1]):
         levels = [int(k) for k in torch.unique_consecutive(K[:, t])]
         alone = by_hand(start[:, t], [float(s[k]) for k in levels], lambda x, sigma: torch.tanh(x) / (1 + sigma))
-        assert torch.allclose(out[:, t], alone, rtol=1e-5, atol=1e-9), f"frame {t}: its own last D, its own last sigma"
+        assert torch.allclose(out[:, t], alone, rtol=1e-5, atol=1e-9), \
+            f"frame {t}, {options or 'multistep'}: by its own levels alone, and its own D_last and s_last"
 
 
 @pytest.mark.sampler
@@ -465,7 +467,7 @@ def test_each_frame_takes_the_steps_of_its_column(K, options, by_hand):
 def test_a_constant_denoiser_is_landed_on_exactly(kind, u, solver):
     x0 = torch.randn(3, 8, 8)
     out = df.sample(Spy(lambda x, sigma: x0.expand_as(x)), matrix(kind, 4, 3, u), solver=solver)
-    assert torch.equal(out, x0.expand_as(out)), "a step to sigma 0 lands on D exactly"
+    assert torch.equal(out, x0.expand_as(out)), "a step to sigma 0 lands on D exactly; NaN: is s_last wrong?"
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -491,7 +493,7 @@ def test_sample_shows_all_frames_in_every_call_with_the_sigma_that_they_have(cau
     for row, call in zip(K, spy.calls):
         told = [known] * 2 + [float(sigmas[k]) if k else known for k in row]
         assert call["sigma"].tolist() == [pytest.approx(told)] * 2, f"row {row.tolist()}: sigmas[K], or context_noise"
-        assert call["commit"] == 0 and call["state"] is None, "all frames are in every call, so there is no state"
+        assert call["commit"] == 0 and call["state"] is None, "all frames are in every call: no state, commit=0"
         assert torch.equal(call["actions"], actions[:, :5]), "row t of the actions belongs to frame t, context included"
     assert out.shape == (2, 5, 3, 8, 8) and torch.equal(out[:, :2], context), "the context comes first, as it went in"
     assert torch.equal(K, before), "the matrix of the caller stays as it was"
@@ -503,10 +505,10 @@ def test_history_carries_the_noise_that_the_network_is_told_drawn_once():
     both = Spy(lambda x, sigma: torch.full_like(x, 0.7), causal=False, window=6, height=16, width=16, context_noise=0.3)
     out = df.sample(both, matrix("autoregressive", 3, 2), x0, keyframes={4: x0[:, 0]})
     noise = torch.stack([call["x"] - out for call in both.calls])  # (calls,B,T,C,H,W): of known frames, their noise
-    assert len(both.calls) == 2 * 2, "two frames are sampled, in two steps each: a keyframe takes none"
+    assert len(both.calls) == 2 * 2, "two frames, two steps each: keyframes take none, nor do still rows"
     for t, known in ((0, [0, 1, 2, 3]), (1, [0, 1, 2, 3]), (2, [2, 3]), (4, [0, 1, 2, 3])):
         assert (noise[known, :, t] == noise[known[0], :, t]).all(), "one draw for each frame, not one for each call"
-        assert float(noise[known[0], :, t].std()) == pytest.approx(told, rel=0.06), "it is really added, and as told"
+        assert float(noise[known[0], :, t].std()) == pytest.approx(told, rel=0.06), "context_noise, added and told"
     rows = noise[2][:, [0, 1, 2, 4]].flatten(3).flatten(0, 2)
     assert torch.corrcoef(rows).triu(1).abs().max() < 0.35, "no clip, frame or channel shares it"
     first = torch.stack([both.calls[0]["x"][:, 2].flatten(), noise[2, :, 2].flatten()])
@@ -602,7 +604,7 @@ def test_type_and_device_are_those_of_the_context_or_of_the_weights(dtype, loop,
     spy, K = Spy(lambda x, sigma: 0.9 * x, action_dim=1), matrix("pyramid", 2, 2)
     out = loop(spy, K, nothing, actions=actions)
     types = {out.dtype} | {c[k].dtype for c in spy.calls for k in ("x", "sigma", "actions")}
-    assert types == {dtype}, "something was promoted, or actions are of another type than the frames"
+    assert types == {dtype}, "out, x, sigma, actions: all have the type of context"
     model, types = random_denoiser(temporal=apart).to(dtype if dtype == torch.float64 else torch.float32), set()
     model.register_forward_pre_hook(lambda module, args: types.add(args[0].dtype))
     out = loop(model, K)
