@@ -32,15 +32,27 @@ def draw_pushes(clip, push, path, scale=4, frames=4):
 def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
     """The first rows of three matrices as grey values: black is pure noise, white a clean frame.
     The first two columns are context."""
-    panels = []
-    for kind in ("autoregressive", "pyramid", "full_sequence"):
+    titles = {"autoregressive": "frame after frame", "pyramid": "pyramid",
+              "full_sequence": "all together"}
+    columns, top, gap = 2 + num_frames, 20, 50
+    panel = columns * cell + 1
+    bottom = top + rows * cell
+    picture = Image.new("RGB", (3 * (gap + panel) + 10, bottom + 20), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (kind, title) in enumerate(titles.items()):
         matrix = scheduling_matrix(kind, num_frames, num_steps, uncertainty=2)[:rows].numpy()
         matrix = np.pad(matrix, ((0, rows - len(matrix)), (2, 0)))
-        grey = (255 - matrix * 255 // num_steps).repeat(cell, 0).repeat(cell, 1)
-        grey[::cell], grey[:, ::cell] = 128, 128
-        grey = np.pad(grey, ((0, 1), (0, 1)), constant_values=128)
-        panels.append(np.pad(grey, ((0, 0), (0, 3 * cell)), constant_values=255))
-    iio.imwrite(path, np.concatenate(panels, 1)[:, : -3 * cell].astype(np.uint8))
+        left = gap + i * (gap + panel)
+        for (m, t), level in np.ndenumerate(matrix):
+            x, y = left + t * cell, top + m * cell
+            grey = 255 - int(level) * 255 // num_steps
+            draw.rectangle((x, y, x + cell, y + cell), (grey,) * 3, "grey")
+        draw.text((left + panel / 2, top - 6), title, "black", anchor="ms")
+        for x, text in ((0.5, "0"), (columns / 2, "frame"), (columns - 0.5, str(columns - 1))):
+            draw.text((left + x * cell, bottom + 14), text, "black", anchor="ms")
+        for y, text in ((0.5, "0"), (rows / 2, "step"), (rows - 0.5, str(rows - 1))):
+            draw.text((left - 6, top + y * cell), text, "black", anchor="rm")
+    picture.save(path)
 
 
 def draw_strip(clips, path, count, labels=None, scale=2):
