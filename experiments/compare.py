@@ -220,7 +220,7 @@ def parse_args():
     p.add_argument("--lander", action="store_true", help="--data is the lander: look for it, too")
     p.add_argument("--minutes", type=float, help="of every training (4; with --data, 15)")
     p.add_argument("--jobs", type=int, default=1, help="how many at once, each on one core (1)")
-    p.add_argument("--out", type=Path, help="folder for all of it (runs; with --data, runs_NAME)")
+    p.add_argument("--out", type=Path, help="folder for all of it (runs; with --data, runs/NAME)")
     p.add_argument("--ckpt", type=Path, nargs="+", default=[], help="measure these, train none")
     p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
     p.add_argument("--between", action="store_true", help="fill in between two frames with --ckpt")
@@ -231,7 +231,7 @@ def parse_args():
         p.error("--push, --between and --pyramid are about a model: --ckpt is needed")
     args.minutes = args.minutes or (15 if args.data else 4)
     args.data = args.data and args.data.resolve()
-    args.out = (args.out or Path(f"runs_{args.data.name}" if args.data else "runs")).resolve()
+    args.out = (args.out or Path("runs", args.data.name if args.data else "")).resolve()
     args.ckpt = [path.resolve() for path in args.ckpt]
     args.out.mkdir(parents=True, exist_ok=True)
     return args

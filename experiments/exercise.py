@@ -30,7 +30,7 @@ from experiments.graft import (CORE, HERE, exercises, graft, read, unwritten,  #
                                without)
 
 FILES = (CORE, "test_diffusion_forcing.py", "train.py", "sample.py", "data/*.py", ".pytest.ini",
-         "README.md", "LICENSE", ".gitignore", "experiments/*.py", "experiments/RESULTS.md",
+         "README.md", "LICENSE", ".gitignore", "experiments/*.py", "experiments/[QR]*.md",
          "experiments/*.pt", "experiments/*.png", "experiments/*.gif", "experiments/lander.*")
 PYTEST = [sys.executable, "-m", "pytest", FILES[1], "--tb=no", "--junit-xml=results.xml"]
 LIMIT = 300
