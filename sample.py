@@ -102,7 +102,7 @@ def parse_args(argv):
     add("--batch", type=positive, default=1, help="rollouts of each context (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--fps", type=positive_float, default=15, help="frames/s of the video (%(default)s)")
-    add("--device", type=working_device, default="auto", help="cuda, mps or cpu (%(default)s)")
+    add("--device", type=working_device, default="auto", help="cuda, cpu or mps (cuda or cpu)")
     add("--show-schedule", action="store_true", help="print the matrix for --frames, and stop")
     return p.parse_args(argv)
 
@@ -167,8 +167,9 @@ def positive_float(text):
 
 
 def working_device(name):
-    """An argparse type: the device of that name; of "auto", the first of cuda, mps and cpu."""
-    for device in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
+    """An argparse type: the device of that name. "auto" is cuda or else cpu, not mps: there,
+    PyTorch's GRU is slow (its issue 123148), and was seen to give NaN (94691)."""
+    for device in ["cuda", "cpu"] if name == "auto" else [name]:
         with contextlib.suppress(RuntimeError, AssertionError, ImportError):
             torch.zeros(1, device=device).item()
             return device

@@ -1591,16 +1591,29 @@ BIG = dict(height=64, width=64, dim=128, dim_mults=(1, 2, 3, 4), preset="base", 
      dict(height=8, width=24, stride=2, clip_frames=4, window=4, minutes=3, steps=1)),
     ("--forcing full_sequence", None, dict(P_mean=0.4, P_std=1.6, causal=False, temporal="attention")),
     ("--forcing full_sequence --temporal gru", None, dict(P_mean=0.4, P_std=1.6, temporal="gru")),
+    ("--device mps", None, dict(device="mps", temporal="attention")),
     ("--bidirectional", None, dict(P_mean=0.6, P_std=2.0, causal=False, temporal="attention"))])
 def test_words_become_settings_and_a_config(tmp_path, monkeypatch, words, card, new):
     make_clips(tmp_path / "clips")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "working_device", lambda name: "cuda" if card else "cpu")
+    monkeypatch.setattr(train, "working_device", lambda name: name if name == "mps" else "cuda" if card else "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
     monkeypatch.setattr(sys, "argv", ["train.py", "--cache", "cache", *words.split()])
     s = train.parse_args()[0]
     got = vars(s) | vars(train.new_model(s, train.load_data(s)).config)
     assert got == got | USUAL | dict(forcing=s.forcing, action_dim=2 - bool(s.data) - 2 * s.no_push) | new
+
+
+@pytest.mark.cli
+def test_a_device_is_used_only_if_it_is_there_and_mps_only_if_asked_for(monkeypatch):
+    there = ["cuda", "mps", "cpu"]
+    monkeypatch.setattr(sample.torch, "zeros", lambda *_, device: torch.ones(1) if device in there
+                        else torch.ones(1, device="nonsense"))
+    assert [sample.working_device(name) for name in ("auto", "mps", "cuda")] == ["cuda", "mps", "cuda"]
+    there.remove("cuda")
+    assert sample.working_device("auto") == "cpu", "on MPS, PyTorch's GRU is slow or wrong"
+    with pytest.raises(ValueError):
+        sample.working_device("cuda")
 
 
 @pytest.mark.cli

@@ -217,7 +217,7 @@ def parse_args():
     add("--bidirectional", action="store_true", help="frames also see later ones: for keyframes")
     add("--context-noise", type=positive_float, default=0.05, help="of the history (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, batches and noise (%(default)s)")
-    add("--device", type=working_device, default="auto", help="cuda, mps or cpu (%(default)s)")
+    add("--device", type=working_device, default="auto", help="cuda, cpu or mps (cuda or cpu)")
     add("--cache", help="folder for decoded clips (~/.cache/diffusion_forcing)")
     add("--resume", action="store_true", help=f"go on; may change: {', '.join(MAY_CHANGE)}, device")
     add("--overwrite", action="store_true", help="replace --out if it exists")
@@ -236,8 +236,8 @@ def parse_args():
             need(given.overwrite or not path.exists(), f"{path} exists: --resume or --overwrite it")
         preset = given.preset or ("base" if given.data and capable else "small")
         p.set_defaults(window=given.clip_frames, preset=preset, steps=math.inf, **PRESETS[preset])
-        if given.bidirectional or given.forcing == "full_sequence":
-            p.set_defaults(temporal="attention")  # a GRU cannot look ahead
+        if given.bidirectional or given.forcing == "full_sequence" or given.device == "mps":
+            p.set_defaults(temporal="attention")  # a GRU cannot look ahead; mps: `working_device`
     if given.steps or given.minutes:  # the length that is asked for, and no other
         p.set_defaults(steps=math.inf, minutes=math.inf)
     s = p.parse_args()
