@@ -211,9 +211,9 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
                        is a second copy of the clip, the `history` of section 8, with context_noise.
     The model is called once, without a state (commit is 0). sigma (B, T) takes the place of the
     random one. actions (B, T, A): row t leads to frame t; None: they are unknown.
-    expected_loss(sigma, the sigma with which later frames see this one) -> u (B, T): a second
-    network, trained with the first one, says the logarithm of its loss. A frame then counts with
-    loss / exp(u) + u, and with this divided by its `gain` if the model has gates."""
+    expected_loss(sigma, sigma with which later frames see this one) -> u (B, T): a second network,
+    trained with the first one, predicts the logarithm of a frame's loss. This frame then counts
+    with loss / exp(u) + u, and with this divided by its `gain` if the model has gates."""
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
@@ -274,10 +274,10 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     context    (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
     keyframes  {t: (B, C, H, W)}: frame t, context counted, is given: its column counts as zeros
     actions    (B, T or more, A): row t leads to frame t; None: they are unknown
-    Raises ValueError where `check_call` does. Every call has commit=0, and x, sigma and actions of
-    the type and device of context; a row in which nothing moves makes none. Noise is drawn frame by
-    frame: what it begins as, unless it is given, and then, for any frame, its one noise as history.
-    `rollout` draws in this order, too, so that equal seeds give equal frames."""
+    Raises ValueError where `check_call` does. A row in which nothing moves makes no call. In every
+    call, commit is 0, and x, sigma and actions have the type and device of context. Noise is drawn
+    frame by frame: the noise that a frame starts from, unless it is given, and then the noise that
+    it has as history. So does `rollout`: equal seeds give equal frames."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     given = dict(enumerate(context.unbind(1))) | (keyframes or {})  # {t: (B,C,H,W)}
@@ -311,7 +311,7 @@ def solver_step(x, D, D_last, s_last, s, s_next, solver):
     dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s, but written so
     that at 0 it lands on D exactly. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Alg.
     2) replaces D by a guess of D in the middle of the step. It draws a line, over ln sigma, through
-    D_last (found at s_last (T,), before the frame's last step) and D (found at s), and follows it
+    D_last (found at s_last (T,), in its previous step) and D (found at s), and follows it
     half a step further. But a first step has no D_last (s_last is infinite), and a step to 0 has no
     middle: D stays. A frame whose level is held keeps every bit, also at 0."""
     target = D
@@ -359,8 +359,8 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     """The loop of `rollout`: matrix is a list of rows, and actions an iterator. One call for each
     row in which a level changes. The tensors are those of `sample`, but only of n frames: of those
     that have started and are not in the state yet. A frame starts, and its action is asked for, in
-    the last row in which its level is S; before that, nobody may see it. Once it is finished, it
-    enters the state in the next call. What is given out is a copy: the caller may change it."""
+    the last row in which its level is S (context: in row 0); before that, nobody may see it, and
+    it costs nothing. Finished, it enters the state in the next call. Callers get copies."""
     num_context, S = context.shape[1], matrix[0][0]
     sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
     noise = lambda: randn((len(context), 1, *context.shape[2:]), context, generator)  # (B,1,C,H,W)
@@ -569,9 +569,9 @@ class Block(nn.Module):
 #    pattern(T, state, two_streams, device) -> what forward needs to know of time, made once for all
 #    blocks. Streaming: 16 frames in one call, or 5, then 1, then 10, give the same numbers. With
 #    two_streams (teacher forcing, no state), x is [history | the same frames, noisy]: a frame of
-#    either half sees itself, and the history before it. No more than MOST sequences go in one call.
-#    A third mixer also needs causal_only, an `out` that starts at zero, a state of bounded size
-#    (cloned: a view would keep all frames alive) and its name in MIXERS.
+#    either half sees itself, and the history before it. No call of CUDA takes more than MOST
+#    sequences. A third mixer also needs causal_only, an `out` that starts at zero, a state of
+#    bounded size (cloned: a view would keep all frames alive) and its name in MIXERS.
 
 class TemporalAttention(nn.Module):
     """Banded attention: a frame sees the last `window` frames, itself included (bidirectional: as
@@ -588,9 +588,9 @@ class TemporalAttention(nn.Module):
         self.out = zero(nn.Linear(dim, dim))
 
     def pattern(self, T, state, two_streams, device):
-        """-> sees (T, keys), which query sees which key, and cos and sin (keys, d), float32, of the
-        angles by which keys turn (RoPE, arXiv 2104.09864): from frame to frame, pair i of channels
-        by pi/2 1000^(-i / (d/2)), the first by 90 degrees. The T queries are the last keys."""
+        """-> sees (T, keys), which query sees which key; cos and sin (keys, d), float32, of the
+        angles by which keys turn (RoPE, arXiv 2104.09864), as `rotary` takes them. From frame to
+        frame, pair i of channels turns by pi/2 1000^(-i / (d/2)). The queries are the last keys."""
         keys = T if state is None else T + state[0].shape[2]
         times = T // 2 if two_streams else keys  # two streams: the same times twice
         position = torch.arange(keys, device=device) % times  # from the oldest key: it never grows
@@ -624,7 +624,7 @@ class TemporalAttention(nn.Module):
 
 def rotary(x, cos, sin):
     """Turns pairs of channels of x (N, heads, T, d), a of its first half and b of its second, to
-    (a cos - b sin, b cos + a sin), of the type of x. `sin` has the minus in its first half."""
+    (a cos - b sin, b cos + a sin), of the type of x, in few passes: `sin` has its minus already."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 

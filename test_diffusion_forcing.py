@@ -1317,6 +1317,25 @@ def test_two_runs_that_save_to_one_path_do_not_share_a_file(tmp_path, monkeypatc
     assert first != second and (tmp_path / "m.pt").read_bytes() == b"first", "the last one to finish wins, and is whole"
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("temporal", MIXERS)
+@pytest.mark.parametrize("forcing", ["diffusion", "teacher"])
+def test_all_weights_have_a_gradient_of_the_loss(temporal, forcing):
+    model = random_denoiser(temporal=temporal, forcing=forcing, action_dim=2).train()
+    df.diffusion_forcing_loss(model, torch.randn(2, 4, 3, 8, 8), model.config, actions=torch.randn(2, 4, 2)).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still, "something is not used, or detached"
+
+
+@pytest.mark.network
+def test_attention_goes_through_the_kernel_in_parts(monkeypatch):
+    sizes, real, m, x = [], F.scaled_dot_product_attention, mixer("attention"), torch.randn(5, 2, 16)
+    whole = mix(m, x)[0]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **o: sizes.append(len(q)) or real(q, *a, **o))
+    monkeypatch.setattr(df, "MOST", 2)
+    assert torch.allclose(mix(m, x)[0], whole, atol=1e-6) and sizes == [2, 2, 1]
+
+
 @pytest.mark.checkpoint
 def test_every_checkpoint_was_trained_with_this_rotation():
     m, x, angle = mixer("attention"), torch.randn(1, 1, 2, 8), math.pi / 2 * 1000 ** (-torch.arange(4) / 4)

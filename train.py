@@ -4,7 +4,7 @@
 # ///
 """Trains Diffusion Forcing on a folder of clips, or on two bouncing balls drawn on the fly.
 
-    python train.py                 the balls: ten minutes on two CPU cores, nothing to download
+    python train.py                 the balls: eight minutes on two CPU cores, nothing to download
     python train.py --data clips/   videos, .npy, folders of images; actions in NAME.actions.npy
     python train.py --resume        goes on where a run stopped
     torchrun --nproc_per_node=8 train.py --data clips/    eight GPUs, which share each batch
@@ -211,7 +211,7 @@ def parse_args():
     add("--minutes", type=positive_float, help="length of the run (8; 240)")
     add("--lr", type=positive_float, help="learning rate (0.003; 0.0003)")
     add("--no-push", action="store_true", help="balls that nobody pushes, and no actions")
-    add("--window", type=positive, help="frames that attention sees (--clip-frames)")
+    add("--window", type=positive, help="attention: how many frames it sees (--clip-frames)")
     add("--temporal", choices=MIXERS, help="(gru; base, or to look ahead: attention)")
     add("--forcing", choices=FORCINGS, default="diffusion", help="paradigm (%(default)s)")
     add("--bidirectional", action="store_true", help="frames also see later ones: for keyframes")
@@ -236,7 +236,7 @@ def parse_args():
             need(given.overwrite or not path.exists(), f"{path} exists: --resume or --overwrite it")
         preset = given.preset or ("base" if given.data and capable else "small")
         p.set_defaults(window=given.clip_frames, preset=preset, steps=math.inf, **PRESETS[preset])
-        if given.bidirectional or given.forcing == "full_sequence" or given.device == "mps":
+        if given.bidirectional or given.forcing == "full_sequence" or "mps" in given.device:
             p.set_defaults(temporal="attention")  # a GRU cannot look ahead; mps: `working_device`
     if given.steps or given.minutes:  # the length that is asked for, and no other
         p.set_defaults(steps=math.inf, minutes=math.inf)

@@ -18,6 +18,7 @@ strip.png has frames of a rollout, for every row of the table.
 """
 
 import argparse
+import hashlib
 import itertools
 import os
 import re
@@ -32,7 +33,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from data.balls import bouncing_balls  # noqa: E402: found by the line above
-from data.clips import Clips, to_frames  # noqa: E402
+from data.clips import Clips, side_file, to_frames  # noqa: E402
 from diffusion_forcing import SCHEDULES, load_checkpoint, need  # noqa: E402
 from experiments.drift import Drift  # noqa: E402
 from experiments.physics import FASTEST, find, physics, push_errors, true_speed  # noqa: E402
@@ -59,7 +60,7 @@ MORE = [  # for a single one
     *(f"--context-noise {noise}" for noise in (0.002, 0.01, 0.02, 0.05, 0.2, 0.5))]
 CLIPS, LENGTHS, CONTEXT = 8, (16, 64, 256), 4
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
-DRIFT = ("distance", "2nd quarter", "3rd quarter", "last quarter", "sharp", "motion")
+DRIFT = ("distance: 1st quarter", "2nd", "3rd", "last", "sharp", "motion")
 
 
 def call(script, words, log, after=""):
@@ -97,22 +98,27 @@ def train(options, seed, args):
 
 
 def sample(ckpt, options, contexts, name, args):
-    """Runs sample.py for 256 frames -> the folder with NAME*.npy, and its log NAME.txt."""
+    """Runs sample.py for 256 frames -> the folder with NAME*.npy, and its log NAME.txt. What was
+    rolled out from other contexts, or by another model of this name, is made again."""
     own = ckpt.is_relative_to(args.out)
     path = folder(args, ckpt.parent.name if own else ckpt, "sample", options)
     given = ["--context", *contexts] if contexts else []
+    files = [file for path in contexts for file in (path, side_file(path)) if file.exists()]
+    content = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     call("sample.py", ["--ckpt", ckpt, "--frames", LENGTHS[-1], *options.split(), "--device", "cpu",
                        *given, "--out", path / f"{name}.npy"],
-         path / f"{name}.txt", after=ckpt.stat().st_mtime)
+         path / f"{name}.txt", after=f"{ckpt.stat().st_mtime} {content}")
     return path
 
 
 def roll_out(ckpt, options, args, context="context"):
     """-> clips (N, T, H, W, 3), each from 4 real frames or, with --batch, from nothing. Actions are
     in the side files of the contexts, if there are any."""
-    contexts = sorted(args.out.glob(f"{context}_*[0-9][0-9].npy"))
-    path = sample(ckpt, options, [] if "--batch" in options else contexts, "r", args)
-    files = [path / f"r_{i}.npy" for i in range(len(list(path.glob("r_*.npy"))))]
+    batch = re.search(r"--batch (\d+)", options)
+    contexts = [] if batch else sorted(args.out.glob(f"{context}_*[0-9][0-9].npy"))
+    path = sample(ckpt, options, contexts, "r", args)
+    count = int(batch[1]) if batch else len(contexts)
+    files = [path / f"r_{i}.npy" for i in range(count)] if count > 1 else [path / "r.npy"]
     return np.stack([np.load(file, allow_pickle=False) for file in files])
 
 
@@ -191,11 +197,12 @@ def physics_table(rows, real, per_frame):
 
 def drift_table(rows, others, args):
     """The same for a folder: the distance to the other clips in each quarter of what is new; then
-    how sharp the last quarter is, how much it moves and, with --lander, how often one is seen."""
+    how sharp the last quarter is, how much it moves and, with --lander, how often one is seen. The
+    quarters of real clips, and of rollouts from nothing, are shorter than those of the others."""
     drift, columns = Drift(others), ("trained", "sample.py", "frames", *DRIFT)
     if args.lander:
-        from experiments.lander_check import body  # needs gymnasium
         columns += ("lander",)
+        body = args.lander.body
         whole = np.median(np.concatenate([body(clip)[0] for clip in others]))
     print("|", " | ".join(columns), "|\n|" + "-|" * len(columns))
     for (name, way), seeds in rows.items():
@@ -229,6 +236,11 @@ def parse_args():
     args = p.parse_args()
     if (args.push or args.between or args.pyramid) and not args.ckpt:
         p.error("--push, --between and --pyramid are about a model: --ckpt is needed")
+    if args.lander:
+        if not args.data:
+            p.error("--lander needs --data")
+        from experiments import lander_check  # needs gymnasium
+        args.lander = lander_check
     args.minutes = args.minutes or (15 if args.data else 4)
     args.data = args.data and args.data.resolve()
     args.out = (args.out or Path("runs", args.data.name if args.data else "")).resolve()
@@ -238,21 +250,28 @@ def parse_args():
 
 
 def real_clips(args):
-    """-> real clips, the first frames of which are kept as contexts; and others."""
+    """-> real clips, the first frames of which are kept as contexts; and others. Where the actions
+    of a clip end, the last one goes on."""
+    for old in args.out.glob("context_*.npy"):
+        old.unlink()
     if not args.data:
         rngs = np.random.default_rng(99), np.random.default_rng(98)
         real, other = (bouncing_balls(CLIPS, LENGTHS[-1], rng) for rng in rngs)
         actions = [None] * CLIPS
     else:
-        data = Clips(args.data, args.size, args.size, 16)
-        clips = [np.load(path, allow_pickle=False) for path, *_ in data.clips]
+        configs = [load_checkpoint(path)[0].config for path in args.ckpt]
+        sizes = {(c.height, c.width, c.stride) for c in configs} or {(args.size, args.size, 1)}
+        need(len(sizes) == 1, f"--ckpt: models of different sizes or strides, {sorted(sizes)}")
+        data = Clips(args.data, *sizes.pop()[:2], 16)
         need(data.held_out, f"--data {args.data}: ten clips or more, one of them to be held out")
+        clips = [np.load(path, mmap_mode="r", allow_pickle=False) for path, *_ in data.clips]
         held = np.flatnonzero(data.weight[True])
         real, actions = [clips[i] for i in held[:CLIPS]], [data.clips[i][2] for i in held[:CLIPS]]
         other = [clips[i] for i in np.flatnonzero(data.weight[False])]
     for i, (clip, rows) in enumerate(zip(real, actions)):
         np.save(args.out / f"context_{i:02}.npy", clip[:CONTEXT])
         if rows is not None:
+            rows = np.pad(rows, ((0, max(0, LENGTHS[-1] - len(rows))), (0, 0)), "edge")
             np.save(args.out / f"context_{i:02}.actions.npy", rows)
     return real, other
 
@@ -270,7 +289,9 @@ def table(args):
         paths = args.ckpt or pool.map(lambda run: train(wanted[run[0]][0], run[1], args), runs)
         models = dict(zip(runs, paths))
         clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args), jobs)
-        rows = {("none: these clips", "none"): [real], ("none: others", "none"): [other]}
+        rows = {("none: these clips", "none"): [real]}
+        if not args.data:  # drift is how far a clip is from the others
+            rows["none: others", "none"] = [other]
         for (name, way, _), x in zip(jobs, clips):
             rows.setdefault((name, way), []).append(x)
     if args.data:
@@ -291,8 +312,9 @@ def main():
         draw_matrices(args.out / "matrix.png")
     elif args.pyramid:
         clip = bouncing_balls(1, CONTEXT, np.random.default_rng(99))
-        model, _ = load_checkpoint(args.ckpt[0])
-        draw_pyramid(model, to_frames(clip), args.out / "pyramid.gif")
+        with mistakes(ValueError):
+            model, _ = load_checkpoint(args.ckpt[0])
+            draw_pyramid(model, to_frames(clip), args.out / "pyramid.gif")
     elif args.push:
         pushes(args.ckpt, args)
     elif args.between:

@@ -73,7 +73,7 @@ def graft(ours, theirs, number):
         for name, text in definitions(theirs, owner).items():
             whole = f"{owner}.{name}".strip(".")
             if owner:
-                text = f"class theirs:\n{text}{whole} = theirs.{name}\n"
+                text = f"class theirs:\n{text}{whole} = vars(theirs)['{name}']\n"
             if whole in names or name not in known:
                 code += FOREIGN.format(text=text, name=whole if name.isidentifier() else "_")
     return code

@@ -11,8 +11,8 @@ have 64x64 pixels. Actions are one-hot: 0 nothing, 1 left engine, 2 main engine,
 t leads to frame t: four steps of the simulator, as an engine's effect grows with the square of the
 time. Then train a model, here for two hours on two CPU cores, and play:
 
-    torchrun --nproc_per_node=2 train.py --data lander/ --size 48 --clip-frames 48 --lr 4e-3 \\
-        --minutes 115 --out lander.pt
+    python -m torch.distributed.run --nproc_per_node=2 train.py --data lander/ --preset small \\
+        --size 48 --clip-frames 48 --lr 4e-3 --minutes 115 --out lander.pt
     python experiments/play.py lander.pt --context lander/0009.mp4 --fps 6
 """
 

@@ -57,13 +57,14 @@ def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
 
 def draw_strip(clips, path, count, labels=None, scale=2):
     """A row of `count` frames for each clip, from its first to its last one; labels are beside."""
-    rows = []
-    for clip, label in zip(clips, labels or [""] * len(clips)):
+    rows, labels = [], labels or [""] * len(clips)
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    for clip, label in zip(clips, labels):
         frames = clip[np.linspace(0, len(clip) - 1, count).round().astype(int)]
         frames = frames.repeat(scale, 1).repeat(scale, 2)  # (count,H,W,3)
         frames = np.pad(frames, ((0, 0), (0, scale), (0, scale), (0, 0)), constant_values=90)
-        margin = Image.new("RGB", (170 if labels else 0, frames.shape[1]), "white")
-        if labels:
+        margin = Image.new("RGB", (6 * longest + 8 if longest else 0, frames.shape[1]), "white")
+        if label:
             ImageDraw.Draw(margin).multiline_text((4, 8), label, "black")
         rows.append(np.concatenate([np.array(margin).reshape(len(frames[0]), -1, 3), *frames], 1))
     iio.imwrite(path, np.concatenate(rows))

@@ -148,7 +148,7 @@ def parse_args(argv):
     p.add_argument("--keys", choices=["digits", "arrows"], help="(by the width of the actions)")
     p.add_argument("--steps", type=positive, default=STEPS, help="of a frame (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    p.add_argument("--device", type=working_device, default="auto", help="(%(default)s)")
+    p.add_argument("--device", type=working_device, default="auto", help="(cuda or cpu)")
     p.add_argument("--out", type=Path, help="keep what is shown: .mp4, .webm, .gif or .npy")
     p.set_defaults(frames=4, context_frames=None, keyframes=[], actions=None, batch=1)
     return p.parse_args(argv)

@@ -35,7 +35,7 @@ def at_random(space, rng, longest=8):
 
 def as_row(space, action):
     """-> float32 (A,): one-hot for one of space.n choices, else the numbers of the action."""
-    if hasattr(space, "n"):
+    if hasattr(space, "n") and np.ndim(action) == 0:
         return np.eye(space.n, dtype=np.float32)[int(action) - int(getattr(space, "start", 0))]
     return np.asarray(action, np.float32).ravel()
 
@@ -74,11 +74,17 @@ def main():
     p.add_argument("--every", type=int, default=1, help="steps from frame to frame (%(default)s)")
     p.add_argument("--size", type=int, default=64, help="height and width (%(default)s)")
     args = p.parse_args()
+    folder = Path(args.env.replace("/", "-"))
+    if min(args.clips, args.frames, args.every, args.size) < 1 or folder.exists():
+        p.error(f"numbers above 0, and a new folder are needed: is there a {folder}/ already?")
 
     import gymnasium
-    env = gymnasium.make(args.env, render_mode="rgb_array")
+    try:
+        env = gymnasium.make(args.env, render_mode="rgb_array")
+    except gymnasium.error.Error as error:
+        p.error(str(error))
     env.action_space.seed(0)
-    (folder := Path(args.env.replace("/", "-"))).mkdir(exist_ok=True)
+    folder.mkdir()
     written = seed = 0
     while written < args.clips and seed < 100 * args.clips:
         choose = at_random(env.action_space, np.random.default_rng(seed))

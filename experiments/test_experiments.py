@@ -20,7 +20,7 @@ import torch
 import diffusion_forcing as df
 import sample
 from data.balls import bouncing_balls
-from experiments import drift, exercise, graft, guidance, play, record
+from experiments import compare, drift, exercise, graft, guidance, play, record
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
@@ -278,6 +278,43 @@ def test_drift_tells_blur_from_grain_and_a_still_from_motion():
     assert still[2] == 0 and others[2] == pytest.approx(1, abs=0.2), "how much they move"
 
 
+@pytest.mark.compare
+def test_rollouts_are_of_todays_contexts_and_of_no_others(tmp_path, monkeypatch):
+    def call(script, words, log, after=""):
+        options = dict(zip(words[:-1], words[1:]))
+        contexts = words[words.index("--context") + 1 : words.index("--out")] if "--context" in words else []
+        made.append((after, len(contexts)))
+        count = max(len(contexts), int(options.get("--batch", 1)))
+        for i in range(count):
+            name = options["--out"].with_stem(f"r_{i}") if count > 1 else options["--out"]
+            np.save(name, np.full((2, 8, 8, 3), i))
+
+    made, args = [], SimpleNamespace(data=tmp_path / "clips", size=8, ckpt=[], out=tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(compare, "call", call)
+    model = tmp_path / "model.pt"
+    df.save_checkpoint(model, df.Config(height=8, width=8), {})
+    args.data.mkdir()
+    for i in range(60):
+        np.save(args.data / f"{i}.npy", np.full((20 + i, 8, 8, 3), i, np.uint8))
+        np.save(args.data / f"{i}.actions.npy", np.arange(20.0 + i)[:, None])
+    real, others = compare.real_clips(args)
+    assert 1 < len(real) <= 8 and {int(x[0, 0, 0, 0]) for x in real}.isdisjoint(int(x[0, 0, 0, 0]) for x in others)
+    for i, clip in enumerate(real):
+        rows = np.load(tmp_path / f"context_{i:02}.actions.npy")[:, 0]
+        assert (np.load(tmp_path / f"context_{i:02}.npy") == clip[:4]).all(), "the first four frames"
+        assert (rows == np.arange(256).clip(max=len(clip) - 1)).all(), "the last action goes on"
+    assert len(compare.roll_out(model, "", args)) == len(real) and len(compare.roll_out(model, "--batch 3", args)) == 3
+
+    for path in args.data.glob("*.npy"):
+        if int(path.name.split(".")[0]) > 9 or ".actions" in path.name:
+            path.unlink()
+    real, _ = compare.real_clips(args)
+    assert len(compare.roll_out(model, "", args)) == len(real) == 1, "one rollout has no number in its name"
+    assert not [*tmp_path.glob("context_*.actions.npy")], "no actions of another clip"
+    assert made[0][0] != made[2][0] and [count for _, count in made[1:]] == [0, 1], "from other clips, it is made again"
+
+
 @pytest.mark.record
 @pytest.mark.parametrize("every,length", [(1, 9), (3, 4)])
 def test_a_row_of_actions_leads_to_its_frame(every, length):
@@ -424,12 +461,13 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0:
             module(graft.graft(ours, code, 5)).karras_sigmas(3, None)
     gru = graft.definitions(ours, "TemporalGRU")["run"]
     for broken in ("def forward(self, x state)", "def __init__(self:"):
-        mine = "    def mine(self, x, first):\n        return self.gru(x, 0 * first)\n"
+        mine = "    @staticmethod\n    def seven(x):\n        return 7 * x\n\n"
+        mine += "    def mine(self, x, first):\n        return self.seven(x), first\n"
         mine += f"\n    {broken}\n        pass\n\n" + gru.replace("return self.gru", "return self.mine")
         theirs = ours.replace(gru, mine)
         m = module(graft.graft(ours, theirs, 7))
         mixer, x, h = m.TemporalGRU(8, m.Config()), torch.randn(2, 3, 8), torch.randn(2, 8)
-        assert torch.equal(mixer.run(x, h), mixer.gru(x)[0]), "methods, too, with the new ones of their class"
+        assert torch.equal(mixer.run(x, h), 7 * x), "methods, too, with the new ones of their class"
     assert right.keys() == graft.definitions(graft.without(ours, 5)).keys()
 
 
@@ -495,14 +533,10 @@ def test_what_never_ends_is_ended_with_all_that_it_started(tmp_path):
 
 @pytest.mark.exercise
 def test_a_student_is_graded(ours, tmp_path, capsys):
-    """One of two functions is right, in another shape. All tests are ours, and none of the student's files is run."""
-    theirs = blank(ours) + """
-def half(number):
-    return number / 2
+    """One of two functions is right, with a helper. All tests are ours, and none of the student's files is run."""
+    theirs = blank(ours) + graft.definitions(ours)["karras_sigmas"].replace("def karras_sigmas", "def levels") + """
 def karras_sigmas(num_steps, config):
-    low, high = (sigma ** (1 / config.rho) for sigma in (config.sigma_min, config.sigma_max))
-    between = [high if num_steps == 1 else low + (high - low) * k / (num_steps - 1) for k in range(num_steps)]
-    return torch.tensor([0.0, *(2 * half(config.in_frame_units(s**config.rho)) for s in between)])
+    return levels(num_steps, config)
 def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
     sys.exit("I give up")
 """
