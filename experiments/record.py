@@ -6,11 +6,9 @@
 
     pip install "gymnasium[classic-control]" && python experiments/record.py CartPole-v1
 
-writes CartPole-v1/0000.mp4 and CartPole-v1/0000.actions.npy to CartPole-v1/0099.*, ready for
-`train.py --data CartPole-v1`. Row t of the actions leads to frame t: one-hot, if they are choices;
-else numbers, within the bounds of the environment. The first row is of no action: zeros. Whoever
-plays keeps an action for some frames, or nothing would come of it. To record a better player, or
-yourself, write another `choose`.
+writes CartPole-v1/0000.mp4 and CartPole-v1/0000.actions.npy to CartPole-v1/0099.* for train.py. Row
+t of the actions leads to frame t: one-hot, if they are choices, else numbers; row 0 is zeros. Each
+action is kept for some frames. To record a better player, write another `choose`.
 """
 
 import argparse
