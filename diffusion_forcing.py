@@ -624,7 +624,7 @@ class TemporalAttention(nn.Module):
 
 def rotary(x, cos, sin):
     """Turns pairs of channels of x (N, heads, T, d), a of its first half and b of its second, to
-    (a cos - b sin, b cos + a sin), of the type of x, in few passes: `sin` has its minus already."""
+    (a cos - b sin, b cos + a sin), of the type of x. The first half of `sin` has its minus."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 

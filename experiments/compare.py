@@ -26,6 +26,7 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -201,8 +202,8 @@ def drift_table(rows, others, args):
     quarters of real clips, and of rollouts from nothing, are shorter than those of the others."""
     drift, columns = Drift(others), ("trained", "sample.py", "frames", *DRIFT)
     if args.lander:
+        from experiments.lander_check import body, shows_lander
         columns += ("lander",)
-        body = args.lander.body
         whole = np.median(np.concatenate([body(clip)[0] for clip in others]))
     print("|", " | ".join(columns), "|\n|" + "-|" * len(columns))
     for (name, way), seeds in rows.items():
@@ -213,8 +214,8 @@ def drift_table(rows, others, args):
             distances, details, motion = zip(*map(drift, quarters))
             figures.append([*distances, details[-1], motion[-1]])
             if args.lander:
-                areas = np.concatenate([body(clip)[0] for clip in quarters[-1]]) / whole
-                figures[-1].append(((areas > 0.25) & (areas < 2)).mean())
+                seen = [shows_lander(clip, whole) for clip in quarters[-1]]
+                figures[-1].append(np.concatenate(seen).mean())
         length = f"{max(map(len, seeds[0]))}"
         print("|", " | ".join((name, way, length, *(spread(f, 2) for f in zip(*figures)))), "|")
 
@@ -236,11 +237,8 @@ def parse_args():
     args = p.parse_args()
     if (args.push or args.between or args.pyramid) and not args.ckpt:
         p.error("--push, --between and --pyramid are about a model: --ckpt is needed")
-    if args.lander:
-        if not args.data:
-            p.error("--lander needs --data")
-        from experiments import lander_check  # needs gymnasium
-        args.lander = lander_check
+    if args.lander and not (args.data and find_spec("gymnasium")):
+        p.error('--lander needs --data, and `pip install "gymnasium[box2d]"`')
     args.minutes = args.minutes or (15 if args.data else 4)
     args.data = args.data and args.data.resolve()
     args.out = (args.out or Path("runs", args.data.name if args.data else "")).resolve()
@@ -261,7 +259,7 @@ def real_clips(args):
     else:
         configs = [load_checkpoint(path)[0].config for path in args.ckpt]
         sizes = {(c.height, c.width, c.stride) for c in configs} or {(args.size, args.size, 1)}
-        need(len(sizes) == 1, f"--ckpt: models of different sizes or strides, {sorted(sizes)}")
+        need(len(sizes) == 1 and min(sizes)[2] == 1, "--ckpt: models of one size and of stride 1")
         data = Clips(args.data, *sizes.pop()[:2], 16)
         need(data.held_out, f"--data {args.data}: ten clips or more, one of them to be held out")
         clips = [np.load(path, mmap_mode="r", allow_pickle=False) for path, *_ in data.clips]

@@ -62,6 +62,12 @@ def body(clips):
     return area, centre / np.maximum(area, 1e-9)[..., None]
 
 
+def shows_lander(clips, whole):
+    """Frames (..., H, W, 3) -> (...): is there one, with about the area of a whole one?"""
+    area = body(clips)[0] / whole
+    return (area > 0.25) & (area < 2)
+
+
 def ground(clips):
     """How many pixels of each column of frames (..., H, W, 3) are white -> (..., W)."""
     return (clips.min(-1) > 128).sum(-2)
@@ -82,8 +88,7 @@ def main():
     print("| | ground off in the last quarter, pixels | frames with a lander | flights with one in "
           "every frame |\n|-|-|-|-|")
     for name, clips in (("simulator", real), ("model", rolled)):
-        area = body(clips)[0][:, CONTEXT:] / whole
-        seen = (area > 0.25) & (area < 2)
+        seen = shows_lander(clips[:, CONTEXT:], whole)
         print(f"| {name} | {abs(ground(clips) - truth)[:, LAST].mean():.2f} | {seen.mean():.3f} | "
               f"{seen.all(1).sum()} of {len(seen)} |")
 
