@@ -6,8 +6,8 @@
     python experiments/compare.py --data clips/ --jobs 2    the same on a folder of clips, for
         fifteen minutes; 256 frames from the first four of held-out clips; how far they drift
         from real ones (drift.py)
-    python experiments/compare.py --ckpt model.pt           rolls a model out in many ways; several
-        models are several seeds: each figure is then their mean
+    python experiments/compare.py --ckpt model.pt           rolls a model out in many ways, with
+        three seeds; several models are several seeds themselves: each figure is then their mean
     python experiments/compare.py --ckpt model.pt --push    how well it obeys pushes; push.gif
     python experiments/compare.py --ckpt both.pt --between  bidirectional: between two given frames
     python experiments/compare.py --ckpt model.pt --pyramid  draws the pyramid at work: pyramid.gif
@@ -53,12 +53,11 @@ RUNS = {  # options of train.py, rollouts as options of sample.py
     "full sequence, bidirectional": ("--forcing full_sequence", (f"--steps 20 {FROM_NOTHING}",)),
 }
 SEEDS = (0, 1, 2)
-MATRICES = [*(f"{FRAMEWISE} --steps {s}" for s in (4, 6, 8)),
-            *(f"{PYRAMID} --uncertainty {u} --steps {s}" for u in (1, 2, 3) for s in (6, 8))]
+MATRICES = [f"{FRAMEWISE} --steps 4", f"{FRAMEWISE} --steps 8", "--schedule full_sequence",
+            *(f"{PYRAMID} --uncertainty {u}" for u in (1, 2, 4))]
 WAYS = [*MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES)]  # for all of --ckpt
-MORE = [  # for a single one
-    *(f"--solver euler {way}" for way in MATRICES if way.startswith(FRAMEWISE)),
-    *(f"--context-noise {noise}" for noise in (0.002, 0.01, 0.02, 0.05, 0.2, 0.5))]
+MORE = [*(f"--solver euler {way}" for way in (*MATRICES[:2], PYRAMID)),  # for a single one
+        *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5))]
 CLIPS, LENGTHS, CONTEXT = 8, (16, 64, 256), 4
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 DRIFT = ("distance: 1st quarter", "2nd", "3rd", "last", "sharp", "motion")
@@ -278,15 +277,21 @@ def table(args):
     """Trains all of RUNS, or takes --ckpt; rolls out; prints the table and draws strip.png."""
     with mistakes(ValueError):
         real, other = real_clips(args)
-    names, ways = ", ".join(p.stem for p in args.ckpt), WAYS + MORE * (len(args.ckpt) == 1)
-    wanted = {names: ("", ways)} if args.ckpt else RUNS
-    seeds = range(len(args.ckpt)) if args.ckpt else SEEDS
+    single, names = len(args.ckpt) == 1, ", ".join(p.stem for p in args.ckpt)
+    wanted = {names: ("", WAYS + MORE * single)} if args.ckpt else RUNS
+    given = args.ckpt * (len(SEEDS) if single else 1)
+    seeds = range(len(given)) or SEEDS  # of a single model, these are seeds of sample.py
     runs = [(name, seed) for seed in seeds for name in wanted]
     jobs = [(name, way, seed) for name, seed in runs for way in wanted[name][1]]
+
+    def rolled(job):
+        name, way, seed = job
+        return roll_out(models[name, seed], way + f" --seed {seed}" * single, args)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        paths = args.ckpt or pool.map(lambda run: train(wanted[run[0]][0], run[1], args), runs)
+        paths = given or pool.map(lambda run: train(wanted[run[0]][0], run[1], args), runs)
         models = dict(zip(runs, paths))
-        clips = pool.map(lambda job: roll_out(models[job[0], job[2]], job[1], args), jobs)
+        clips = pool.map(rolled, jobs)
         rows = {("none: these clips", "none"): [real]}
         if not args.data:  # drift is how far a clip is from the others
             rows["none: others", "none"] = [other]
@@ -296,7 +301,7 @@ def table(args):
         drift_table(rows, other, args)
     else:
         per_frame = {way: np.mean([seconds(path, way, args) for path in args.ckpt])  # alone
-                     for way in ways if args.ckpt and "--batch" not in way}
+                     for _, way in rows if args.ckpt and "none" not in way and "--batch" not in way}
         physics_table(rows, real, per_frame)
     labels = [f"{name}\n{way.replace(FROM_NOTHING, 'from nothing').replace('--', '')}"
               for name, way in rows]

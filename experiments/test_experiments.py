@@ -315,6 +315,26 @@ def test_rollouts_are_of_todays_contexts_and_of_no_others(tmp_path, monkeypatch)
     assert made[0][0] != made[2][0] and [count for _, count in made[1:]] == [0, 1], "from other clips, it is made again"
 
 
+@pytest.mark.compare
+@pytest.mark.parametrize("models", [1, 2])
+def test_the_seeds_of_a_table_are_those_of_one_model_or_of_several(tmp_path, monkeypatch, capsys, models):
+    def roll_out(ckpt, options, args):
+        way, _, number = options.partition(" --seed ")
+        rolled.setdefault(way, []).append((ckpt, number))
+        return clips
+
+    clips, rolled = bouncing_balls(2, 8, np.random.default_rng(0)), {}
+    paths = [tmp_path / f"{i}.pt" for i in range(models)]
+    monkeypatch.setattr(compare, "LENGTHS", (8,))
+    monkeypatch.setattr(compare, "roll_out", roll_out)
+    monkeypatch.setattr(compare, "seconds", lambda *_: 1.0)
+    compare.table(SimpleNamespace(ckpt=paths, data=None, out=tmp_path, jobs=1))
+    table = capsys.readouterr().out
+    expected = [(paths[0], number) for number in "012"] if models == 1 else [(path, "") for path in paths]
+    assert all(seeds == expected for seeds in rolled.values()), "three rollouts of one model; one of each of several"
+    assert all(f"| {way} | 8 | 1.000 ± 0.000 |" in table for way in rolled), "each way has a row: mean and deviation"
+
+
 @pytest.mark.record
 @pytest.mark.parametrize("every,length", [(1, 9), (3, 4)])
 def test_a_row_of_actions_leads_to_its_frame(every, length):
