@@ -11,8 +11,8 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   5. A finished frame enters the state of the network once, and is not computed again. The state
      (keys and values, or a hidden state) does not grow: a rollout need not end.
 
-Three scheduling matrices. Row m has the level of each frame, a column, before step m. A frame takes
-S steps, here 4, from S (pure noise) to 0 (finished), and starts u rows after the frame before it.
+Three scheduling matrices. Row m has the level of each frame, a column, before step m: how noisy it
+is, from S (here 4; pure noise) to 0 (finished). Each starts u rows after the frame before it.
 
     autoregressive, u = S    pyramid, u = 2    full sequence, u = 0
           4 4 4 4               4 4 4 4              4 4 4 4
@@ -22,7 +22,7 @@ S steps, here 4, from S (pure noise) to 0 (finished), and starts u rows after th
           0 4 4 4               0 2 4 4              0 0 0 0
           0 3 4 4 ...           0 1 3 4 ...
 
-  B, T, C, H, W   batch, frames, channels, height, width, always in this order; t numbers frames
+  B, T, C, H, W   batch, frames, channels, height, width, always in this order; t is a frame's index
   x               frames, pixels in [-1, 1]; a noisy frame is x + sigma * standard normal noise
   sigma (B, T)    how much noise each frame has, in frame units: those of x (Config has others)
   D               what the denoiser says: the mean of all clean frames that fit the noisy ones
@@ -30,13 +30,13 @@ S steps, here 4, from S (pure noise) to 0 (finished), and starts u rows after th
 
 Who sees whom: in each temporal mixer, a frame sees itself and the window - 1 frames before it (in a
 GRU, all of them). In a bidirectional model (causal=False; attention only) it also sees later ones,
-so that what is computed of a frame is never final: all frames are in every call; there is no state,
-no `rollout` and no teacher forcing. `sample` makes one clip, of at most `window` frames. In return,
+so nothing that is computed of a frame is final: every call takes all frames; there is no state, no
+`rollout` and no teacher forcing. `sample` makes one clip, of at most `window` frames. In return,
 any of them may be given: keyframes. Latents in place of pixels need another Config, no more: their
-channels, height, width, mean and deviation (first scale all channels to one), and patch = 1.
+channels, height, width, mean and deviation (first scale all channels alike), and patch = 1.
 Departures from the paper: EDM (section 3) in place of DDPM; a step may use the D of the one before
-(`solver_step`); noise alternates in half of the clips (`alternate`); attention or a GRU at each
-place of a U-Net, not a convolutional GRU; gates (section 8); row 0 of a matrix is the first step.
+(`solver_step`); half of the clips `alternate`; learned weights of the loss (train.py); attention or
+a GRU at each place, not a convolutional GRU; gates (section 8); row 0 of a matrix comes first.
 """
 
 import io
@@ -48,7 +48,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # EDM's F is called "the network" here
+import torch.nn.functional as F  # not EDM's F, which is called "the network" here
 from torch import nn
 
 # ==== 1. Config: what training, sampling and the network agree on. ===============================
@@ -132,8 +132,8 @@ def need(ok, message):
 
 def sample_noise_levels(batch_size, num_frames, config, generator=None):
     """-> sigma (B, T) in frame units; in Config units, ln sigma ~ Normal(P_mean, P_std^2). Every
-    frame has its own, independent of all others (paper, Algorithm 1). But see `alternate` for
-    forcing "diffusion"; in "full_sequence", a clip has one. The device is that of the generator."""
+    frame has its own, independent of all others (paper, Algorithm 1); but for "diffusion", some
+    clips `alternate`, and for "full_sequence", a clip has one. The device is the generator's."""
     device = generator.device if generator else None
     normal = torch.randn(batch_size, num_frames, generator=generator, device=device)  # (B,T)
     if config.forcing == "full_sequence":
@@ -148,8 +148,8 @@ def alternate(normal, config, generator):
     noise, below and above the median. Each frame by itself stays standard normal. Causal: they take
     turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to 1),
     wherever they are, is high, to be filled in; these have one sigma, which is a new draw.
-    Why: what an action does is learned from a frame that is too noisy to show it, after one that is
-    not: 11 % of all neighbours (sigma < .1, then > 2, in Config units), and 7 % without this."""
+    Why (causal): what an action does is learned where a frame that is too noisy to show it follows
+    one that is not: 11 % of all neighbours (sigma < .1, then > 2), and 7 % without this."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -176,8 +176,7 @@ def per_frame(v):
 
 # ==== 3. EDM preconditioning and weighting (arXiv 2206.00364, Table 1). ==========================
 #    D(x; sigma) = mu + c_skip (x - mu) + c_out network(c_in (x - mu); c_noise)
-#
-#    is in Denoiser.forward; mu is the mean of the data. Input and target of the network have unit
+#    In Denoiser.forward. Here, mu is the mean of the data. The network's input and target have unit
 #    variance: the target is about minus the noise at low sigma, and the frame at high sigma.
 
 def edm_scalings(sigma, sigma_data):
@@ -191,7 +190,7 @@ def edm_scalings(sigma, sigma_data):
 
 
 def loss_weight(sigma, sigma_data):
-    """lambda = 1 / c_out^2: a network that says 0 has loss 1 at every sigma."""
+    """lambda = 1 / c_out^2: a network that says 0 has a mean loss of 1 at every sigma."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -213,7 +212,7 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
     random one. actions (B, T, A): row t leads to frame t; None: they are unknown.
     expected_loss(sigma, sigma with which later frames see this one) -> u (B, T): a second network,
     trained with the first one, predicts the logarithm of a frame's loss. This frame then counts
-    with loss / exp(u) + u, and with this divided by its `gain` if the model has gates."""
+    with loss / exp(u) + u (divided by its `gain` if the model has gates)."""
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
@@ -251,8 +250,8 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
       "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for bidirectional models
     One call of the network serves all frames between S and 0, about S / u in a pyramid. So T frames
-    take S + floor(u (T - 1)) calls. With one frame, all kinds are the same. Raises ValueError for
-    any other kind, for no frame or no step, and for `uncertainty` below 0, infinite or NaN."""
+    take at most S + floor(u (T - 1)) calls. With one frame, all kinds are the same. Raises
+    ValueError for any other kind, no frame, no step, `uncertainty` below 0, infinite or NaN."""
     need(kind in SCHEDULES, f"schedule is {kind!r}; it is one of {', '.join(SCHEDULES)}")
     need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
@@ -263,7 +262,7 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
     return (num_steps + start - m).clamp(0, num_steps)
 
 
-# ==== 6. Sampling, as the paper says it (Algorithm 2). ===========================================
+# ==== 6. Sampling: the paper's Algorithm 2 (its guidance would be a wrapper around the model). ===
 
 @torch.no_grad()
 def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_size=1,
@@ -276,8 +275,8 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     actions    (B, T or more, A): row t leads to frame t; None: they are unknown
     Raises ValueError where `check_call` does. A row in which nothing moves makes no call. In every
     call, commit is 0, and x, sigma and actions have the type and device of context. Noise is drawn
-    frame by frame: the noise that a frame starts from, unless it is given, and then the noise that
-    it has as history. So does `rollout`: equal seeds give equal frames."""
+    frame by frame: first what it starts from (given frames: none), then what it has as history.
+    `rollout` draws in the same order, so that equal seeds give equal frames."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     given = dict(enumerate(context.unbind(1))) | (keyframes or {})  # {t: (B,C,H,W)}
@@ -287,13 +286,13 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     K = F.pad(matrix.cpu(), (context.shape[1], 0))  # (M+1,T)
     K[:, list(given)] = 0  # given frames are columns of zeros
     K = K.unique_consecutive(dim=0)  # without rows in which nothing moves
-    sigmas = karras_sigmas(int(matrix.max()), config).to(context)[K]  # (M+1,T)
+    sigmas = karras_sigmas(int(matrix.max()), config).to(context)[K]  # (rows,T)
 
     noise = lambda: randn((len(context), *context.shape[2:]), context, generator)  # (B,C,H,W)
     pairs = [(given[t] if t in given else sigmas[0, t] * noise(), noise()) for t in range(T)]
     x, eps = (torch.stack(frames, 1) for frames in zip(*pairs))  # (B,T,C,H,W); eps: for history
     actions = None if actions is None else actions[:, :T].to(x)  # (B,T,A)
-    D_last, s_last = x, torch.full_like(sigmas[0], math.inf)  # no step was taken yet
+    D_last, s_last = x, torch.full_like(sigmas[0], math.inf)  # inf: there is no D_last yet
     for s, s_next in zip(sigmas, sigmas[1:]):  # (T,) each: before and after this step
         # Given and finished frames (s = 0) get context_noise, and the network is told so. It hides
         # errors. It is really added: clean frames that are called noisy never occur in training.
@@ -301,7 +300,7 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
         seen = x + per_frame(told - s) * eps  # (B,T,C,H,W)
         D, _ = model(seen, told.expand(len(x), T), actions=actions, commit=0)
         x = solver_step(x, D, D_last, s_last, s, s_next, solver)
-        D_last = torch.where(per_frame(s_next < s), D, D_last)
+        D_last = torch.where(per_frame(s_next < s), D, D_last)  # of its last step, if it is held
         s_last = torch.where(s_next < s, s, s_last)
     return x
 
@@ -327,13 +326,14 @@ def solver_step(x, D, D_last, s_last, s, s_next, solver):
 def rollout(model, matrix, num_frames, context=None, *, period=None, actions=None, batch_size=1,
             solver="multistep", generator=None, config=None):
     """Algorithm 2 with a state -> iterator over num_frames frames (B, C, H, W), context first, each
-    as soon as it is finished. Neither memory nor the time for a frame grows.
-    Copies of the matrix follow each other in time. Each starts `period` rows after the one before;
-    by default M, so that no two overlap. If the matrix has one column (S, S - 1 ... 0), each frame
-    is a copy, and `period` is the u of an endless pyramid, which takes u calls for each frame:
+    as soon as it is finished. Neither memory nor the time for a frame grows. Copies of the matrix
+    follow each other, each `period` rows after the one before: by default M, so that no two
+    overlap. If the matrix has one column (S, S - 1 ... 0), each frame is a copy, and `period` is
+    the u of an endless pyramid, which takes u calls a frame (at most S):
     rollout(model, scheduling_matrix("pyramid", 1, S), num_frames=None, period=u).
-    num_frames counts the context; None: go on for ever, or until the actions end. These may also be
-    an iterator over (B, A), asked for a frame's action when it starts. All else as in `sample`."""
+    No frame may be cleaner than one before it. num_frames counts the context; None: go on for ever,
+    or until the actions end. These may also be an iterator over (B, A), asked for a frame's action
+    when it starts. All else is as in `sample`, but for keyframes."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     period = len(matrix) - 1 if period is None else period
@@ -356,11 +356,11 @@ def endless_level(matrix, period, row, n):
 
 @torch.no_grad()
 def roll(model, matrix, num_frames, context, period, actions, solver, generator, config):
-    """The loop of `rollout`: matrix is a list of rows, and actions an iterator. One call for each
-    row in which a level changes. The tensors are those of `sample`, but only of n frames: of those
-    that have started and are not in the state yet. A frame starts, and its action is asked for, in
-    the last row in which its level is S (context: in row 0); before that, nobody may see it, and
-    it costs nothing. Finished, it enters the state in the next call. Callers get copies."""
+    """The loop of `rollout`, apart from it so that bad arguments are told before the first frame:
+    matrix is a list of rows, and actions an iterator. The tensors are those of `sample`, but only
+    of n frames: those that have started but are not in the state yet. A frame starts, and its
+    action is asked for, in the last row in which its level is S (context: in row 0). Before that,
+    nobody may see it, and it costs nothing. Finished, it enters the state in the next call."""
     num_context, S = context.shape[1], matrix[0][0]
     sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
     noise = lambda: randn((len(context), 1, *context.shape[2:]), context, generator)  # (B,1,C,H,W)
@@ -370,7 +370,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     joined, state = 0, None
 
     for row in itertools.count():
-        while joined != num_frames and level(row + 1, joined) < S:
+        while joined != num_frames and level(row + 1, joined) < S:  # the next frame starts
             action = next(actions, None)
             if action is None:  # the video ends where its actions end
                 num_frames = joined
@@ -385,11 +385,11 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
             s_last = F.pad(s_last, (0, 1), value=math.inf)  # no step was taken yet
             joined += 1
 
-        frames = range(joined - x.shape[1], joined)
+        frames = range(joined - x.shape[1], joined)  # those in the tensors
         now, after = ([level(r, t) for t in frames] for r in (row, row + 1))
-        if joined == num_frames and not any(now):
+        if joined == num_frames and not any(now):  # all are finished
             return
-        if now == after:
+        if now == after:  # nothing moves: no call
             continue
 
         s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each
@@ -400,15 +400,15 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         x = solver_step(x, D, D_last, s_last, s, s_next, solver)
         D_last = torch.where(per_frame(s_next < s), D, D_last)
         s_last = torch.where(s_next < s, s, s_last)
-        for i in range(finished, after.count(0)):
+        for i in range(finished, after.count(0)):  # finished by this step
             yield x[:, i].clone()
         x, eps, D_last, acts = (each[:, finished:] for each in (x, eps, D_last, acts))
-        s_last = s_last[finished:]
+        s_last = s_last[finished:]  # without those that are in the state now
 
 
 def no_frames(model, batch_size, config):
     """-> a context without frames (B, 0, C, H, W), with the device and type of the weights."""
-    weights = next(model.parameters()) if isinstance(model, nn.Module) else torch.empty(0)
+    weights = next(model.parameters() if isinstance(model, nn.Module) else iter(()), torch.empty(0))
     return weights.new_empty(max(0, batch_size), 0, config.channels, config.height, config.width)
 
 
@@ -493,13 +493,13 @@ class Denoiser(nn.Module):
         *scalings, c_noise = edm_scalings(sigma, self.config.sigma_data)
         c_skip, c_out, c_in = map(per_frame, scalings)
         centred = x - self.data_mean
-        z = c_in * centred  # the input of the network
+        z = c_in * centred  # the input of the network; with history, of 2T frames
         out, new_state = self.network(z, c_noise, state, actions, commit, history is not None)
         if self.config.gates:
             a, b = out.chunk(2, 2)  # (B,T,C,H,W) each
             out = per_frame(gain(sigma, self.config.sigma_data)) * (a + b * z)
         D = self.data_mean + c_skip * centred + c_out * out
-        return D[:, -T:], (state if commit == 0 else new_state)
+        return D[:, -T:], (state if commit == 0 else new_state)  # None stays None
 
     def network(self, x, c_noise, state, actions, commit, two_streams):
         """-> EDM's F, or a and b; the new state. One batch of B*T: only the mixers know of time."""
@@ -569,13 +569,13 @@ class Block(nn.Module):
 #    pattern(T, state, two_streams, device) -> what forward needs to know of time, made once for all
 #    blocks. Streaming: 16 frames in one call, or 5, then 1, then 10, give the same numbers. With
 #    two_streams (teacher forcing, no state), x is [history | the same frames, noisy]: a frame of
-#    either half sees itself, and the history before it. No call of CUDA takes more than MOST
+#    either half sees itself, and the history before it. A CUDA kernel gets at most MOST
 #    sequences. A third mixer also needs causal_only, an `out` that starts at zero, a state of
 #    bounded size (cloned: a view would keep all frames alive) and its name in MIXERS.
 
 class TemporalAttention(nn.Module):
     """Banded attention: a frame sees the last `window` frames, itself included (bidirectional: as
-    many ahead, too). Through n mixers, one after the other, it learns of n (window - 1) of them.
+    many ahead, too). Through n mixers in a row, it can know of n (window - 1) of them.
     State: keys (before rotation) and values of the last frames, (N, heads, < window, d) each."""
     causal_only = False
 
@@ -629,7 +629,7 @@ def rotary(x, cos, sin):
 
 
 class TemporalGRU(nn.Module):
-    """A GRU at every place, after the paper's recurrent model. State: the hidden state, (N, C)."""
+    """A GRU at every place, like the paper's recurrent model. State: the hidden state, (N, C)."""
     causal_only = True
 
     def __init__(self, dim, config):

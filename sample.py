@@ -30,7 +30,7 @@ SCHEDULE = {"diffusion": "pyramid", "teacher": "autoregressive", "full_sequence"
 
 def generate(model, num_frames, context=None, *, schedule=None, steps=STEPS,
              uncertainty=UNCERTAINTY, keyframes=None, actions=None, **options):
-    """-> iterator over num_frames frames (B, C, H, W), context first (None: without an end), by the
+    """-> iterator over num_frames frames (B, C, H, W), context first (None: causal, no end), by the
     schedule that suits the model, or another. All else is as in `sample` and `rollout`."""
     config = model.config
     known = 0 if context is None else context.shape[1]
@@ -92,10 +92,10 @@ def parse_args(argv):
     add("--out", type=Path, default="rollout.mp4", help=".mp4, .webm, .gif, .npy (%(default)s)")
     add("--context", nargs="+", default=[], metavar="CLIP", help="go on from it, from each of them")
     add("--context-frames", type=positive, help="how many of its first frames are given (4)")
-    add("--keyframes", type=int, nargs="+", default=[], metavar="T", help="others of it: 0 15")
+    add("--keyframes", type=int, nargs="+", default=[], metavar="T", help="given frames: 0 15")
     add("--actions", help='.npy (T, A), repeated at its end, or "unknown" (side file, or zeros)')
     add("--schedule", choices=SCHEDULES, help="(the one that suits the model)")
-    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: calls a frame")
+    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: calls per frame")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
     add("--solver", choices=SOLVERS, default="multistep", help="(%(default)s)")
     add("--context-noise", type=positive_float, help="sigma of the history (as trained)")

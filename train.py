@@ -75,7 +75,7 @@ class ExpectedLoss(nn.Module):
         unknown = self.config.in_frame_units(self.config.sigma_max)  # beyond the clip: pure noise
         padded = nn.functional.pad(sigma_seen, (self.past, self.ahead), value=unknown)
         sigmas = padded.unfold(1, self.past + 1 + self.ahead, 1).clone()  # (B,T,past+1+ahead)
-        sigmas[..., self.past] = sigma  # in the middle: the frame's own
+        sigmas[..., self.past] = sigma  # at this place: the frame's own
         *_, c_noise = edm_scalings(sigmas, self.config.sigma_data)
         with torch.autocast(sigma.device.type, enabled=False):
             return self.layers(2 * c_noise)[..., 0]  # times 2: about unit variance
@@ -177,7 +177,7 @@ def validate(model, data, s):
 
 
 def start_processes():
-    """Of torchrun. They share each batch. The first one also prints and saves."""
+    """Joins those of torchrun. They share each batch. The first one also prints and saves."""
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(LOCAL_RANK % gpus)
@@ -207,7 +207,7 @@ def parse_args():
     add("--clip-frames", type=positive, default=16, help="frames of a training clip (%(default)s)")
     add("--stride", type=positive, default=1, help="take every n-th frame of a clip (%(default)s)")
     add("--batch", type=positive, help="clips of a step, of all processes together (2; 32)")
-    add("--steps", type=positive, help="length of the run: only so can it be repeated exactly")
+    add("--steps", type=positive, help="length of the run; needed to repeat it exactly")
     add("--minutes", type=positive_float, help="length of the run (8; 240)")
     add("--lr", type=positive_float, help="learning rate (0.003; 0.0003)")
     add("--no-push", action="store_true", help="balls that nobody pushes, and no actions")
@@ -268,7 +268,7 @@ def main():
 
     # The model, its moving average, the optimizer: new, or as saved.
     model.to(s.device).train()
-    ema = copy.deepcopy(model).to(s.device).eval().requires_grad_(False)  # .to: for GRUs on CUDA
+    ema = copy.deepcopy(model).to(s.device).eval().requires_grad_(False)  # .to packs GRUs
     objective = Objective(model).to(s.device)
     weights = list(objective.parameters())
     optimizer = torch.optim.AdamW(weights, s.lr, betas=(0.9, 0.99))
@@ -289,12 +289,12 @@ def main():
 
     def ask_to_stop(number, frame):
         signals.append(number)
-        impatient = number == signal.SIGINT and len(signals) > 1 and WORLD == 1  # torchrun: two
+        impatient = number == signal.SIGINT and len(signals) > 1 and WORLD == 1  # torchrun sends 2
         if (impatient or all_saved) and not saving:
             raise KeyboardInterrupt
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup: SIGHUP
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
             signal.signal(number, ask_to_stop)
     progress = lambda: min(1, max(step / s.steps, elapsed / 60 / s.minutes))
     bar = tqdm(total=1, initial=progress(), disable=RANK > 0,
@@ -315,7 +315,7 @@ def main():
             speed = count * s.batch * s.clip_frames / (time.monotonic() - row_time)
             losses = validate(ema, data, s) if data.held_out and step % 500 == 0 else [math.nan] * 3
             log += ",".join(f"{v:.6g}" for v in (step, loss, lr, *losses, speed, elapsed)) + "\n"
-            with contextlib.suppress(OSError):  # nobody may read it: Ctrl-C also ends `| tee log`
+            with contextlib.suppress(OSError):  # Ctrl-C also ends the `tee` of `| tee log`
                 bar.set_postfix_str(f"step {step}, loss {loss:.4f}, {speed:.0f} frames/s")
                 bar.update(done - bar.n)
             total, count, row_time = 0.0, 0, time.monotonic()
