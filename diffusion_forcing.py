@@ -243,8 +243,8 @@ def karras_sigmas(num_steps, config):
 
 
 def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
-    """-> int64 (M+1, T), K[m, t] = clip(S + floor(u t) - m, 0, S). A frame comes down S levels, one
-    in each row, and starts u rows after the frame before it:
+    """-> int64 (M+1, T), K[m, t] = clip(S + floor(u t) - m, 0, S), up to the first row of all 0. A
+    frame comes down S levels, one in each row, and starts u rows after the frame before it:
       "full_sequence"   u = 0: all frames come down together
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy

@@ -1,13 +1,13 @@
 """Nine exercises, to hand out and to grade. The table in README says what they are.
 
     python experiments/exercise.py handout ../student   this project, but for what is to be written
-    python experiments/exercise.py grade ../student     a table; `grade ../student 5` grades one
+    python experiments/exercise.py grade ../student     a table; ... ../student 5: one of them
 
 Each exercise is graded alone: its functions are the student's, and so is what is new beside them
-(functions, imports, constants). All else is ours. The points of an exercise are shared evenly by
-its test functions; one with many cases must pass them all. The exit status is 0 only if nothing is
-missing. Students' code has a process of its own, and LIMIT seconds for each exercise. This stops
-accidents, not attacks. As a plugin of pytest, this file skips what needs an unwritten function.
+(functions, imports, constants). All else is ours, so collect only diffusion_forcing.py. The points
+are shared evenly by the test functions; one with many cases must pass them all. The exit status is
+0 only if none is missing. Students' code has its own process, and LIMIT seconds for each exercise:
+this stops accidents, not cheats. As a plugin of pytest, this file skips what is not written yet.
 """
 
 import json
@@ -104,20 +104,21 @@ def main(argv=None):
     core = read(HERE / CORE)
     if unwritten():
         p.error(f"the project that this file is in lacks {unwritten()[0]}")
+    numbers = [args.number] if args.number else exercises()
     try:
         if args.command == "handout":
             if args.folder.exists() and any(args.folder.iterdir()):
                 p.error(f"{args.folder} is not empty")
-            for number in exercises():
+            for number in numbers:
                 core = without(core, number)
             return copy(args.folder, core)
-        theirs = read(args.folder / CORE)
+        theirs = read(args.folder / CORE if args.folder.is_dir() else args.folder)
     except OSError as error:
         p.error(str(error))
     rows, say = [], print if not args.json else lambda *_, **__: None
     row = "| {exercise} {names} | {points:g} of {of} | {passed} of {tests} | {failed} |"
     say("| exercise | points | tests | what failed first |\n|-|-|-|-|")
-    for number in [args.number] if args.number else exercises():
+    for number in numbers:
         rows.append(grade(theirs, number))
         say(row.format(**rows[-1]), flush=True)
     total, most = (sum(row[key] for row in rows) for key in ("points", "of"))

@@ -440,6 +440,8 @@ def test_a_handout_is_this_project_without_solutions(ours, tmp_path, capsys):
     with pytest.raises(SystemExit):
         exercise.main(["handout", str(tmp_path / "student")])
     assert "not empty" in capsys.readouterr().err.splitlines()[-1], "what a student wrote is not written over"
+    exercise.main(["handout", str(tmp_path / "one"), "5"])
+    assert {*re.findall(r'Error\("exercise (\d)', graft.read(tmp_path / "one" / graft.CORE))} == {"5"}, "of one only"
 
 
 @pytest.mark.exercise
@@ -562,7 +564,7 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
 """
     (tmp_path / graft.CORE).write_text(theirs)
     (tmp_path / exercise.FILES[1]).write_text("raise SystemExit")
-    status = exercise.main(["grade", str(tmp_path), "5", "--json"])
+    status = exercise.main(["grade", str(tmp_path / graft.CORE), "5", "--json"])  # the file, or its folder
     (row,) = json.loads(capsys.readouterr().out)
     first = row.pop("failed")
     assert status and (row["exercise"], row["names"]) == (5, "karras_sigmas, scheduling_matrix")
