@@ -20,7 +20,7 @@ import torch
 import diffusion_forcing as df
 import sample
 from data.balls import bouncing_balls
-from experiments import compare, drift, exercise, graft, guidance, play, record
+from experiments import compare, drift, exercise, graft, guidance, maze, play, record
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
@@ -109,6 +109,59 @@ def test_the_history_gets_more_noise_once_and_nothing_else_does():
     assert (torch.corrcoef(torch.stack(added)) - torch.eye(12)).abs().max() < 0.1, "each has noise of its own"
     assert all(torch.equal(a["x"], b["x"]) for a, b in zip(calls[::2], plain)), "all other noise stays what it was"
     assert all(torch.equal(a["x"], b["x"]) for a, b in zip(calls, go(True))), "the same generators, the same noise"
+
+
+@pytest.mark.guidance
+def test_without_a_weight_or_a_scale_guidance_changes_no_bit():
+    model, x, sigma = random_denoiser(action_dim=2), torch.randn(2, 3, 3, 8, 8), torch.full((2, 3), 0.5)
+    actions, cost = torch.randn(2, 3, 2), lambda D: D.square().sum((1, 2, 3, 4))
+    D, _ = model(x, sigma, actions=actions)
+    for what, guided in (("a weight of 1", guidance.Guided(model, 1, guidance.without_actions)),
+                         ("a scale of 0", maze.guided(model, cost, 0))):
+        assert torch.equal(guided(x, sigma, actions=actions)[0], D), f"{what}: D is what the model itself says"
+
+
+@pytest.mark.guidance
+@pytest.mark.parametrize("weight", [0.5, 2])
+def test_guidance_by_actions_moves_a_gaussian_by_as_much_as_its_weight(weight):
+    """Frames are Normal(a, .3^2) where their action is a, and Normal(0, .3^2) where it is unknown."""
+    def model(x, sigma, state=None, *, actions=None, commit=None):
+        mean = 0 if actions is None else actions[..., None, None]  # (B,T,1,1,1)
+        return mean + df.per_frame(0.09 / (0.09 + sigma**2)) * (x - mean), state
+
+    model.config = df.Config(height=1, width=1, channels=1, patch=1, dim_mults=(1,), action_dim=1)
+    guided = guidance.Guided(model, weight, guidance.without_actions)
+    actions = torch.tensor([0.7, -0.2, 0.1])
+    x = df.sample(guided, df.scheduling_matrix("pyramid", 3, 32, 2), actions=actions.expand(4000, 3)[..., None],
+                  batch_size=4000, generator=seed()).flatten(1)  # (B,T)
+    assert (x.mean(0) - weight * actions).abs().max() < 0.03, "the mean is weight times that of the actions"
+    assert (x.std(0) - 0.3).abs().max() < 0.02, "the deviation stays"
+
+
+@pytest.mark.guidance
+@pytest.mark.parametrize("scale", [0.5, 3])
+def test_guidance_by_a_cost_moves_a_gaussian_as_theory_says(scale):
+    """Three frames of one pixel are Normal(m, C), and the cost is |D - g|^2 / 2. Along each eigenvector of C, with the
+    eigenvalue c, dx / dsigma = (x - D + scale sigma^2 d cost / dx) / sigma can be solved. From much noise down to 0,
+    the variance becomes c exp(-scale c), and the mean goes from m to g by the share
+    scale c exp(-scale c / 2) times the integral of exp(scale c w^2 / 2) over w from 0 to 1."""
+    m, g, time = torch.tensor([0.3, -0.5, 0.2]), torch.tensor([1.0, 0.5, -0.4]), torch.arange(3)
+    C = 0.5 * 0.8 ** (time[:, None] - time).abs()  # (3,3)
+
+    def model(x, sigma, state=None, *, actions=None, commit=None):
+        y = x.flatten(1) - m  # (B,T)
+        return (m + y @ torch.linalg.solve(C + torch.diag(sigma[0] ** 2), C)).view_as(x), state
+
+    config = df.Config(height=1, width=1, channels=1, patch=1, dim_mults=(1,), causal=False, sigma_min=0.002)
+    guided = maze.guided(model, lambda D: (D.flatten(1) - g).square().sum(1) / 2, scale)
+    matrix = df.scheduling_matrix("full_sequence", 3, 200)
+    x = df.sample(guided, matrix, batch_size=4000, generator=seed(), config=config).flatten(1)  # (B,T)
+    c, along = torch.linalg.eigh(C)
+    w = (torch.arange(1000) + 0.5) / 1000
+    share = scale * c * (-scale * c / 2).exp() * (scale * c * w[:, None] ** 2 / 2).exp().mean(0)  # (3,)
+    mean, variance = share * ((g - m) @ along), c * (-scale * c).exp()
+    assert ((x - m) @ along).mean(0).sub(mean).abs().max() < 0.05, "plans go towards the goal, and by so much"
+    assert ((x @ along).var(0) / variance - 1).abs().max() < 0.1, "and their variance shrinks by so much"
 
 
 @pytest.mark.guidance
