@@ -12,8 +12,8 @@
 The world is PointMaze of gymnasium-robotics: two forces push a ball, 100 times a second. The clips
 show a ball that a controller drives from one random goal to the next. A frame has 32 steps: eight
 positions, the 16 channels of a single pixel. In training, nothing is said of goals. The first frame
-of a plan is what the ball did last. The others are sampled, and in each call of the network, the
-last one is pulled towards the goal. The best of some plans is followed for two frames.
+of a plan is what the ball did last. The others are sampled, and in each call of the network, all of
+them are pulled towards the goal. The best of some plans is followed for two frames.
 """
 
 import itertools
@@ -128,9 +128,9 @@ def plan(model, past, goal, args):
     goal = torch.tensor(goal, dtype=torch.float).repeat_interleave(N, 0)[:, None]  # (BN,1,2)
     away = lambda x: (x.reshape(B * N, -1, 2) - goal).norm(dim=-1)  # (BN,positions)
     matrix = scheduling_matrix("pyramid", config.clip_frames - 1, S, args.uncertainty)
-    denoise = guided(model, lambda D: away(D[:, -1]).mean(1), args.scale)
+    denoise = guided(model, lambda D: away(D).mean(1), args.scale)
     x = sample(denoise, matrix, past.reshape(B * N, 1, 2 * STACK, 1, 1), config=config)[:, 1:]
-    score = away(x[:, -1]).mean(1) + 0.1 * away(x).mean(1)  # (BN,)
+    score = away(x[:, -1]).mean(1) + 0.3 * away(x).mean(1)  # (BN,)
     return x.reshape(B, N, -1, 2).numpy(), score.view(B, N).numpy()
 
 
@@ -197,7 +197,7 @@ def main():
     p.add_argument("--steps", type=int, default=7000, help="of training (%(default)s)")
     p.add_argument("--episodes", type=int, default=100, help="of test (%(default)s)")
     p.add_argument("--uncertainty", type=float, default=5.0, help="u of the pyramid (%(default)s)")
-    p.add_argument("--scale", type=float, default=2.0, help="of the guidance (%(default)s)")
+    p.add_argument("--scale", type=float, default=3.0, help="of the guidance (%(default)s)")
     p.add_argument("--best", type=int, default=16, help="plans to choose from (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = p.parse_args()
