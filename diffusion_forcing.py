@@ -33,10 +33,10 @@ GRU, all of them). In a bidirectional model (causal=False; attention only) it al
 so nothing that is computed of a frame is final: every call takes all frames; there is no state, no
 `rollout` and no teacher forcing. `sample` makes one clip, of at most `window` frames. In return,
 any of them may be given: keyframes. Latents in place of pixels need another Config, no more: their
-channels, height, width, mean and deviation (first scale all channels alike), and patch = 1.
+channels, height, width, mean and deviation (bring all channels to one scale), and patch = 1.
 Departures from the paper: EDM (section 3) in place of DDPM; a step may use the D of the one before
 (`solver_step`); half of the clips `alternate`; learned weights of the loss (train.py); attention or
-a GRU at each place, not a convolutional GRU; gates (section 8); row 0 of a matrix comes first.
+a GRU at each place, not a convolutional GRU; gates (section 8); row 0 is the first step.
 """
 
 import io
@@ -149,7 +149,7 @@ def alternate(normal, config, generator):
     turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to 1),
     wherever they are, is high, to be filled in; these have one sigma, which is a new draw.
     Why (causal): what an action does is learned where a frame that is too noisy to show it follows
-    one that is not: 11 % of all neighbours (sigma < .1, then > 2), and 7 % without this."""
+    one that is not: 11 % of neighbours (in Config units, sigma < .1, then > 2); without this, 7 %."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
