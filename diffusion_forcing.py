@@ -149,7 +149,7 @@ def alternate(normal, config, generator):
     turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to 1),
     wherever they are, is high, to be filled in; these have one sigma, which is a new draw.
     Why (causal): what an action does is learned where a frame that is too noisy to show it follows
-    one that is not: 11 % of neighbours (in Config units, sigma < .1, then > 2); without this, 7 %."""
+    one that is not: 11 % of neighbours (Config units: sigma < .1, then > 2); without this, 7 %."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips

@@ -30,8 +30,8 @@ SCHEDULE = {"diffusion": "pyramid", "teacher": "autoregressive", "full_sequence"
 
 def generate(model, num_frames, context=None, *, schedule=None, steps=STEPS,
              uncertainty=UNCERTAINTY, keyframes=None, actions=None, **options):
-    """-> iterator over num_frames frames (B, C, H, W), context first, by the schedule that suits the
-    model, or another. None: without an end, if it is causal. All else: `sample`, `rollout`."""
+    """-> iterator over num_frames frames (B, C, H, W), context first, by the schedule that suits
+    the model. None: without an end (causal models). All else is as in `sample` and `rollout`."""
     config = model.config
     known = 0 if context is None else context.shape[1]
     need(num_frames is None or num_frames > known, "--frames counts the context: take more")
