@@ -5,11 +5,12 @@
 """Measures a model of the lander against the simulator: same starts, same actions.
 
     python experiments/lander_check.py lander.pt
+    python experiments/lander_check.py lander.pt 1.5    actions are guided, with this weight
 
 First, eight flights of 256 frames, none of which lander.py records: the model gets their first four
 frames and all actions, and goes on by itself, as sample.py does. Then sixteen flights of 10 frames,
-after which one engine, or none, is held for 20 frames, as in play.py. lander.gif shows
-four of the former: the flights above, the rollouts below.
+after which one engine, or none, is held for 20 frames, as in play.py. At last, 300 first frames
+from nothing. lander.gif shows four of the long flights: real ones above, rollouts below.
 """
 
 import itertools
@@ -25,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.clips import to_bytes, to_frames, video_writer  # noqa: E402: found by the line above
 from diffusion_forcing import load_checkpoint  # noqa: E402
 from experiments import lander  # noqa: E402
+from experiments.guidance import Guided, without_actions  # noqa: E402
 from sample import generate  # noqa: E402
 
 ENGINES = ("none", "left", "main", "right")
 FLIGHTS, LENGTH, CONTEXT, SHOWN = 8, 256, 4, 4
-STARTS, BEFORE, HELD = 16, 10, 20
+STARTS, BEFORE, HELD, FROM_NOTHING = 16, 10, 20, 300
 LAST, SEEDS = slice(-64, None), range(1000, 1100)  # the last quarter; lander.py has seeds below 999
 
 
@@ -73,10 +75,8 @@ def ground(clips):
     return (clips.min(-1) > 128).sum(-2)
 
 
-def main():
-    model, _ = load_checkpoint(sys.argv[1])
-    size = (model.config.height, model.config.width)
-    env = gymnasium.make("LunarLander-v3", render_mode="rgb_array").unwrapped
+def long_flights(model, env, size):
+    """Prints the table of the flights of 256 frames -> the area of a whole lander."""
     flights = filter(None, (fly(env, seed, LENGTH, size) for seed in SEEDS))
     real, actions = map(np.stack, zip(*itertools.islice(flights, FLIGHTS)))
     rolled = roll(model, "pyramid", real, actions, CONTEXT)
@@ -91,7 +91,11 @@ def main():
         seen = shows_lander(clips[:, CONTEXT:], whole)
         print(f"| {name} | {abs(ground(clips) - truth)[:, LAST].mean():.2f} | {seen.mean():.3f} | "
               f"{seen.all(1).sum()} of {len(seen)} |")
+    return whole
 
+
+def held_engines(model, env, size):
+    """Prints the table of what an engine does that is held."""
     starts = ([fly(env, seed, BEFORE + HELD, size, engine) for engine in range(len(ENGINES))]
               for seed in SEEDS)
     starts = [*itertools.islice((start for start in starts if all(start)), STARTS)]
@@ -100,15 +104,29 @@ def main():
         real, actions = map(np.stack, zip(*flights))
         rolled = roll(model, "autoregressive", real, actions, BEFORE)
         ends.append(np.stack([body(clips[:, -1])[1] for clips in (real, rolled)], 1))
-    print(f"\n| engine | simulator: right, up | model: right, up | pixels after {HELD} frames, "
-          "against no engine |\n|-|-|-|-|")
+    print(f"\n| engine | simulator: right, up | model: right, up | share of the way | pixels after "
+          f"{HELD} frames, against no engine |\n|-|-|-|-|-|")
     for name, end in zip(ENGINES[1:], ends[1:]):
-        moved = end - ends[0]
-        (x, y), (x_model, y_model) = moved.mean(0)
+        moved = end - ends[0]  # (N,2,2)
+        way, way_model = moved.mean(0)
         axis = int(name == "main")
         same = (np.sign(moved[:, 0, axis]) == np.sign(moved[:, 1, axis])).sum()
-        print(f"| {name} | {x:.1f}, {y:.1f} | {x_model:.1f}, {y_model:.1f} | to the same side in "
-              f"{same} of {len(moved)} |")
+        print("| {} | {:.1f}, {:.1f} | {:.1f}, {:.1f} |".format(name, *way, *way_model),
+              f"{way @ way_model / (way @ way):.2f} | to the same side in {same} of {len(moved)} |")
+
+
+def main():
+    model, _ = load_checkpoint(sys.argv[1])
+    if len(sys.argv) > 2:
+        model = Guided(model, float(sys.argv[2]), without_actions)
+    size = (model.config.height, model.config.width)
+    env = gymnasium.make("LunarLander-v3", render_mode="rgb_array").unwrapped
+    whole = long_flights(model, env, size)
+    held_engines(model, env, size)
+    noise = torch.Generator().manual_seed(0)
+    first = next(generate(model, None, batch_size=FROM_NOTHING, generator=noise))
+    seen = shows_lander(to_bytes(first), whole)
+    print(f"\n{seen.sum()} of {FROM_NOTHING} first frames from nothing show a lander")
 
 
 if __name__ == "__main__":
