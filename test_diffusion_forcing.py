@@ -1692,6 +1692,8 @@ train.main(); assert not train.dist.is_initialized()""")
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99))
     for i in range(20):
         batches = [train.to_device(train.draw(data, s, 2, 4, i, rank=rank), s) for rank in (0, 1)]
+        if i % 4 == 0:  # each frame by itself
+            batches = [(x.reshape(8, 1, *x.shape[2:]), a.reshape(8, 1, 2), noise) for x, a, noise in batches]
         losses.append(20 * sum(objective(*batch) for batch in batches))  # the mean of two, times 40
         optimizer.zero_grad()
         losses[-1].backward()
@@ -1705,6 +1707,15 @@ train.main(); assert not train.dist.is_initialized()""")
         assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
     row = np.loadtxt(tmp_path / "model.csv", delimiter=",", skiprows=1)
     assert row[:3] == pytest.approx([20, sum(losses).item() / 20, 1e-4], rel=1e-3), "mean loss, last learning rate"
+
+
+@pytest.mark.cli
+@pytest.mark.parametrize("words,lengths", [("", [1, 4, 4, 4, 1]), ("--bidirectional", [4] * 5)])
+def test_one_batch_of_four_has_single_frames_as_the_first_frame_has_no_past(run, monkeypatch, words, lengths):
+    seen, forward = [], train.Objective.forward
+    monkeypatch.setattr(train.Objective, "forward", lambda *a: seen.append(a[1].shape[:2]) or forward(*a))
+    run(f"--steps 5 {words}")
+    assert seen == [(8 // T, T) for T in lengths], "two clips of four frames; a model that looks ahead needs them whole"
 
 
 @pytest.mark.cli

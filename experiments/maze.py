@@ -10,10 +10,10 @@
     python experiments/maze.py draw Medium     a plan that comes into focus: Medium.png
 
 The world is PointMaze of gymnasium-robotics: two forces push a ball, 100 times a second. The clips
-show a ball that a controller drives from one random goal to the next. A frame has 32 steps: eight
-positions, the 16 channels of a single pixel. In training, nothing is said of goals. The first frame
-of a plan is what the ball did last. The others are sampled, and in each call of the network, all of
-them are pulled towards the goal. The best of some plans is followed for two frames.
+show how a controller drives it from one random goal to the next; nothing says where the goals are.
+A frame has 32 steps: eight positions, the 16 channels of a single pixel. The first frame of a plan
+is what the ball did last; all others are sampled, and pulled towards the goal in each call of the
+network. The best of some plans is followed for two frames.
 """
 
 import itertools
@@ -156,9 +156,8 @@ def play(envs, args, model=None):
             took[k] = step if info["success"] else limit
         if step % EVERY == EVERY - 1:
             past = np.concatenate([past[:, 1:], balls[:, None, :2]], 1)
-    success = took < limit
     print(f"{'model' if model else 'controller'}: {took.mean():.0f} steps on average\nsuccess "
-          f"{100 * success.mean():.0f} far {100 * success[far].mean():.0f} crossing "
+          f"{100 * (took < limit).mean():.0f} far {100 * (took < limit)[far].mean():.0f} crossing "
           f"{100 * np.mean(crossing or 0):.0f}")
 
 
@@ -189,8 +188,6 @@ def draw(maze, args, model, zoom=24, shown=6):
 
 
 def main():
-    import gymnasium
-    import gymnasium_robotics  # it makes the mazes known to gymnasium
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("train", "test", "draw"))
     p.add_argument("maze", choices=MAZES)
@@ -201,6 +198,9 @@ def main():
     p.add_argument("--best", type=int, default=16, help="plans to choose from (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = p.parse_args()
+    with mistakes(ImportError):
+        import gymnasium
+        import gymnasium_robotics  # it makes the mazes known to gymnasium
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     gymnasium.register_envs(gymnasium_robotics)
