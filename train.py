@@ -342,7 +342,7 @@ def main():
         # Step: the loss of the clips of this process, AdamW, the moving average.
         x, actions, generator = to_device(upcoming.result(), s)
         upcoming = pool.submit(draw, data, s, s.batch // WORLD, s.clip_frames, step + 1, rank=RANK)
-        if step % 4 == 0 and model.config.causal:  # in a clip, only the first frame has no past
+        if step % 4 == 0 and model.config.causal:  # single frames: in clips, few have no past
             x, actions = (v.flatten(0, 1)[:, None] for v in (x, actions))
         with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.fast):
             loss = loss_of(x, actions, generator)
