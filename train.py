@@ -224,6 +224,7 @@ def parse_args():
 
     given, model, saved = p.parse_args(), None, dict(settings={})
     need(given.out.suffix == ".pt" and not given.out.is_dir(), "--out is not a name like model.pt")
+    need(given.out.parent.is_dir(), f"--out: there is no folder {given.out.parent}")
     out, resume = given.out, given.out.with_suffix(".resume.pt")
     capable = "cuda" in given.device and torch.cuda.get_device_capability(given.device) >= (8, 0)
     if given.resume:
@@ -365,9 +366,9 @@ def main():
     if stopped:
         sys.exit(f"stopped and saved at step {step}; the same command with --resume goes on")
     all_saved = True
-    if RANK == 0:
-        preview(s.out.with_suffix(".rollout.mp4"), ema, data, s, 256)
     print(f"{step} steps in {elapsed / 60:.1f} minutes; next: python sample.py --ckpt {s.out}")
+    if RANK == 0:  # the model is saved: Ctrl-C during the video loses nothing
+        preview(s.out.with_suffix(".rollout.mp4"), ema, data, s, 256)
 
 
 if __name__ == "__main__":

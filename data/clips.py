@@ -114,7 +114,7 @@ def read_video(path, height, width):
         for data in iter(lambda: process.stdout.read(size), b""):
             if len(data) == size:  # or it was killed
                 yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
-    said = end_of(process, complaints, path)
+    said = end_of(process, complaints, path).replace("moov atom not found", "not a whole video")
     need(not said, f"{path}: {said}")
 
 
@@ -175,7 +175,7 @@ class Clips:
     def __init__(self, folder, height, width, num_frames, stride=1, cache=None, quiet=False):
         """num_frames, stride: of a training clip. quiet: no progress bar. Raises ValueError if no
         clip can be used, OSError if the cache cannot be written."""
-        need(Path(folder).is_dir(), f"--data {folder} is not a folder")
+        need(Path(folder).is_dir(), f"--data {folder}: there is no such folder")
         cache = Path(os.path.expanduser(cache or "~/.cache/diffusion_forcing"))
         need(cache.parts[0] != "~", "there is no home folder: --cache is needed")
         self.stride, self.span = stride, (num_frames - 1) * stride + 1  # frames that a clip spans
@@ -196,7 +196,7 @@ class Clips:
             hashes.append(int(hashlib.sha256(name).hexdigest(), 16) / 2**256)  # 0 to 1
 
         widths = {rows.shape[1] for *_, rows in self.clips if rows is not None}
-        need(self.clips, f"--data {folder}: no clip of {self.span} frames or more, {others} others")
+        need(self.clips, f"--data {folder}: no video, .npy or image folder has {self.span} frames")
         need(len(widths) < 2, f"--data {folder}: actions of different widths, {sorted(widths)}")
         self.action_dim, hashes = max(widths, default=0), np.array(hashes)
         held = (len(hashes) >= 10) & ((hashes < 0.1) | (hashes == hashes.min()))  # whole clips
