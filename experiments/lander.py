@@ -24,7 +24,7 @@ import numpy as np
 from gymnasium.envs.box2d.lunar_lander import heuristic
 from PIL import Image  # comes with imageio
 
-CLIPS, FRAMES, SHORTEST, STEPS, SIZE, ENGINES, TOP = 600, 96, 48, 4, 64, 4, 1.35
+CLIPS, FRAMES, SHORTEST, STEPS, SIZE, ENGINES, TOP = 400, 96, 48, 4, 64, 4, 1.35
 
 
 def record(env, seed, choose, num_frames=FRAMES):
@@ -46,7 +46,7 @@ def record(env, seed, choose, num_frames=FRAMES):
 
 def pilot(env, rng):
     """Knows how to land, but now and then keeps an engine at random on for a while."""
-    slips, until, held = rng.uniform(0, 0.15), 0, 0
+    slips, until, held = rng.uniform(0, 0.05), 0, 0
 
     def choose(t, state):
         nonlocal until, held
