@@ -36,7 +36,7 @@ any of them may be given: keyframes. Latents in place of pixels need another Con
 channels, height, width, mean and deviation (bring all channels to one scale), and patch = 1.
 Departures from the paper: EDM (section 3) in place of DDPM; a step may use the D of the one before
 (`solver_step`); half of the clips `alternate`; gates (section 8); attention or a GRU at each place,
-not a convolutional GRU; row 0 is the first step; in train.py, learned weights and single frames.
+not a convolutional GRU; row 0 is the first step; in train.py, `ExpectedLoss` and single frames.
 """
 
 import io

@@ -196,7 +196,7 @@ class Clips:
             hashes.append(int(hashlib.sha256(name).hexdigest(), 16) / 2**256)  # 0 to 1
 
         widths = {rows.shape[1] for *_, rows in self.clips if rows is not None}
-        need(self.clips, f"--data {folder}: no video, .npy or image folder has {self.span} frames")
+        need(self.clips, f"--data {folder}: no usable video, .npy or image folder")
         need(len(widths) < 2, f"--data {folder}: actions of different widths, {sorted(widths)}")
         self.action_dim, hashes = max(widths, default=0), np.array(hashes)
         held = (len(hashes) >= 10) & ((hashes < 0.1) | (hashes == hashes.min()))  # whole clips
