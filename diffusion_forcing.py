@@ -11,8 +11,8 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   5. A finished frame enters the state of the network once, and is not computed again. The state
      (keys and values, or a hidden state) does not grow: a rollout need not end.
 
-Three scheduling matrices. Row m has the level of each frame, a column, before step m: how noisy it
-is, from S (here 4; pure noise) to 0 (finished). Each starts u rows after the frame before it.
+Three of the scheduling matrices. Column t is frame t. Row m has the level of each frame before step
+m: from S (here 4), pure noise, to 0, finished. A frame starts u rows after the one before it.
 
     autoregressive, u = S    pyramid, u = 2    full sequence, u = 0
           4 4 4 4               4 4 4 4              4 4 4 4
@@ -25,18 +25,18 @@ is, from S (here 4; pure noise) to 0 (finished). Each starts u rows after the fr
   B, T, C, H, W   batch, frames, channels, height, width, always in this order; t is a frame's index
   x               frames, pixels in [-1, 1]; a noisy frame is x + sigma * standard normal noise
   sigma (B, T)    how much noise each frame has, in frame units: those of x (Config has others)
-  D               what the denoiser says: the mean of all clean frames that fit the noisy ones
+  D               the denoiser's output: the mean of all clean frames that fit the noisy ones
   K (M+1, T)      scheduling matrix: K[m, t] is the level of frame t before step m; K[M] is all 0
 
 Who sees whom: in each temporal mixer, a frame sees itself and the window - 1 frames before it (in a
 GRU, all of them). In a bidirectional model (causal=False; attention only) it also sees later ones,
-so nothing that is computed of a frame is final: every call takes all frames; there is no state, no
-`rollout` and no teacher forcing. `sample` makes one clip, of at most `window` frames. In return,
-any of them may be given: keyframes. Latents in place of pixels need another Config, no more: their
-channels, height, width, mean and deviation (bring all channels to one scale), and patch = 1.
-Departures from the paper: EDM (section 3) in place of DDPM; a step may use the D of the one before
-(`solver_step`); half of the clips `alternate`; gates (section 8); attention or a GRU at each place,
-not a convolutional GRU; row 0 is the first step; in train.py, `ExpectedLoss` and single frames.
+so its features are never final: every call takes all frames; there is no state, no `rollout` and no
+teacher forcing. `sample` makes one clip, of at most `window` frames. In return, any of them may be
+given, as keyframes. Latents in place of pixels only need another Config: their channels, height,
+width, mean and deviation (bring all channels to one scale), and patch = 1.
+Departures from the paper (numbers: sections of this file): EDM in place of DDPM (3); a step may use
+the D of the one before (6, `solver_step`); half of the clips `alternate` (2); gates (8); attention
+or a GRU at each pixel, not a convolutional GRU (9); in train.py, `ExpectedLoss` and single frames.
 """
 
 import io
@@ -63,7 +63,7 @@ VERSION = 3  # of the checkpoints
 class Config:
     """Sizes, network and noise. It travels in the checkpoint. data_mean and sigma_data are measured
     on the clips, in frame units: those of x. Every other sigma here, and P_mean, has Config units:
-    for data of standard deviation 0.5, as in EDM. `in_frame_units` is the place that converts."""
+    for data of standard deviation 0.5, as in EDM. `in_frame_units` converts."""
     height: int = 32
     width: int = 32
     channels: int = 3                # or those of latents in place of pixels
@@ -81,7 +81,7 @@ class Config:
     dim: int = 32                    # channels at the highest resolution of the U-Net ...
     dim_mults: tuple = (1, 2)        # ... and their multiples, one for each resolution
     head_dim: int = 16               # channels of one attention head
-    gates: bool = True               # section 8; False: the head says EDM's F itself
+    gates: bool = True               # section 8; False: the head outputs EDM's F
 
     forcing: str = "diffusion"       # how to train: see diffusion_forcing_loss
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
@@ -144,12 +144,12 @@ def sample_noise_levels(batch_size, num_frames, config, generator=None):
 
 
 def alternate(normal, config, generator):
-    """normal (B, T) -> the same, but each clip, with chance config.alternating, mixes low and high
-    noise, below and above the median. Each frame by itself stays standard normal. Causal: they take
-    turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to 1),
-    wherever they are, is high, to be filled in; these have one sigma, which is a new draw.
-    Why (causal): what an action does is learned where a frame that is too noisy to show it follows
-    one that is not: 11 % of neighbours (Config units: sigma < .1, then > 2); without this, 7 %."""
+    """normal (B, T) -> the same, but each clip, with probability config.alternating, mixes low and
+    high noise (below and above the median). Each frame alone stays standard normal. Causal: they
+    take turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to
+    1), anywhere, is high, to be filled in; these have one sigma, newly drawn. Why (causal): the
+    effect of an action is learned where a frame too noisy to show it follows a cleaner one (Config
+    units: sigma < .1, then > 2). That holds for 11 % of neighbours; without this, for 7 %."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -190,7 +190,7 @@ def edm_scalings(sigma, sigma_data):
 
 
 def loss_weight(sigma, sigma_data):
-    """lambda = 1 / c_out^2: a network that says 0 has a mean loss of 1 at every sigma."""
+    """lambda = 1 / c_out^2: an output of 0 has a mean loss of 1 at every sigma."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -211,8 +211,8 @@ def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, genera
     The model is called once, without a state (commit is 0). sigma (B, T) takes the place of the
     random one. actions (B, T, A): row t leads to frame t; None: they are unknown.
     expected_loss(sigma, sigma with which later frames see this one) -> u (B, T): a second network,
-    trained with the first one, predicts the logarithm of a frame's loss. This frame then counts
-    with loss / exp(u) + u (divided by its `gain` if the model has gates)."""
+    trained along with the first one, predicts the logarithm of each frame's loss. The frame then
+    counts as loss / exp(u) + u (divided by its `gain` if the model has gates)."""
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
     noisy = x + per_frame(sigma) * randn(x.shape, x, generator)
@@ -273,9 +273,9 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
     context    (B, T_context, C, H, W), frames to go on from; None: batch_size clips without any
     keyframes  {t: (B, C, H, W)}: frame t, context counted, is given: its column counts as zeros
     actions    (B, T or more, A): row t leads to frame t; None: they are unknown
-    Raises ValueError where `check_call` does. A row in which nothing moves makes no call. In every
-    call, commit is 0, and x, sigma and actions have the type and device of context. Noise is drawn
-    frame by frame: first what it starts from (given frames: none), then what it has as history.
+    Raises ValueError where `check_call` does. A row that changes nothing makes no call. In every
+    call, commit is 0, and x, sigma and actions have the type and device of context. Each frame in
+    turn draws the noise it starts from (unless it is given), then the noise it has as history.
     `rollout` draws in the same order, so that equal seeds give equal frames."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
@@ -328,12 +328,12 @@ def rollout(model, matrix, num_frames, context=None, *, period=None, actions=Non
     """Algorithm 2 with a state -> iterator over num_frames frames (B, C, H, W), context first, each
     as soon as it is finished. Neither memory nor the time for a frame grows. Copies of the matrix
     follow each other, each `period` rows after the one before: by default M, so that no two
-    overlap. If the matrix has one column (S, S - 1 ... 0), each frame is a copy, and `period` is
+    overlap. If the matrix has one column (S, S - 1 ... 0), each frame has a copy, and `period` is
     the u of an endless pyramid, which takes u calls a frame (at most S):
     rollout(model, scheduling_matrix("pyramid", 1, S), num_frames=None, period=u).
-    No frame may be cleaner than one before it. num_frames counts the context; None: go on for ever,
-    or until the actions end. These may also be an iterator over (B, A), asked for a frame's action
-    when it starts. All else is as in `sample`, but for keyframes."""
+    No frame may be cleaner than one before it. num_frames counts the context; None: without an end,
+    or until the actions end. Actions may also be an iterator over (B, A), asked for one whenever a
+    frame starts. All else is as in `sample`, without keyframes."""
     config = config or model.config
     context = no_frames(model, batch_size, config) if context is None else context
     period = len(matrix) - 1 if period is None else period
@@ -356,11 +356,11 @@ def endless_level(matrix, period, row, n):
 
 @torch.no_grad()
 def roll(model, matrix, num_frames, context, period, actions, solver, generator, config):
-    """The loop of `rollout`, apart from it so that bad arguments are told before the first frame:
+    """The loop of `rollout`, split off so that bad arguments raise errors before the first frame:
     matrix is a list of rows, and actions an iterator. The tensors are those of `sample`, but only
     of n frames: those that have started but are not in the state yet. A frame starts, and its
     action is asked for, in the last row in which its level is S (context: in row 0). Before that,
-    nobody may see it, and it costs nothing. Finished, it enters the state in the next call."""
+    no frame sees it, and it costs nothing. Once finished, it enters the state in the next call."""
     num_context, S = context.shape[1], matrix[0][0]
     sigmas = karras_sigmas(S, config).to(context)  # (S+1,)
     noise = lambda: randn((len(context), 1, *context.shape[2:]), context, generator)  # (B,1,C,H,W)
@@ -389,7 +389,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
         now, after = ([level(r, t) for t in frames] for r in (row, row + 1))
         if joined == num_frames and not any(now):  # all are finished
             return
-        if now == after:  # nothing moves: no call
+        if now == after:  # nothing changes: no call
             continue
 
         s, s_next = sigmas[torch.tensor([now, after])]  # (n,) each
@@ -444,11 +444,11 @@ def check_call(matrix, num_frames, context, actions, solver, config, period=None
 
 
 # ==== 8. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
-#    Gates: for each value of a frame, the head says a guess a and a gate b. Section 3's network is
-#    gain (a + b z), where z = c_in (x - mu) is its input; gain = sigma_data / sigma, in 1 to 25. At
-#    low sigma, D is about mu + (1 + b) (x - mu) + sigma_data a. Where a = b = 0, the noisy value is
-#    kept; where b = -1, the guess takes its place. Without gates, the noise of each value has to
-#    come through all layers, up to the last one, and this is learned late.
+#    Gates: for each value of a frame, the head outputs a guess a and a gate b. Section 3's network
+#    is gain (a + b z); z = c_in (x - mu) is its input, gain = sigma_data / sigma, clamped to 1..25.
+#    At low sigma, D is about mu + (1 + b) (x - mu) + sigma_data a. If a = b = 0, the noisy value is
+#    kept; if b = -1, the guess takes its place. Without gates, the noise of each value has to pass
+#    through every layer to the output, and this is learned late.
 
 class Denoiser(nn.Module):
     """D(x; sigma): noisy frames and their sigma -> denoised frames, and the next state."""
@@ -557,17 +557,17 @@ class Block(nn.Module):
         h = self.attend(self.spatial(x, emb))  # (BT,C,h,w)
         BT, C, height, width = h.shape
         z = h.permute(0, 2, 3, 1).reshape(B, BT // B, height * width, C)  # (B,T,hw,C)
-        z = self.norm(z).transpose(1, 2).flatten(0, 1)  # (B*hw,T,C): one sequence for each place
+        z = self.norm(z).transpose(1, 2).flatten(0, 1)  # (B*hw,T,C): one sequence for each pixel
         z, state = self.mixer(z, state, commit, pattern)
         z = z.unflatten(0, (B, height * width)).transpose(1, 2)  # (B,T,hw,C)
         return h + z.reshape(BT, height, width, C).permute(0, 3, 1, 2), state
 
 
 # ==== 9. Temporal mixers: in them, and only in them, frames meet. ================================
-#    Mixer(dim, config) works on N sequences: one for each place of each clip. forward(x (N, T, C),
+#    Mixer(dim, config) works on N sequences: one for each pixel of each clip. forward(x (N, T, C),
 #    state, commit, pattern) -> (N, T, C), and the state after `commit` frames (0: the old one).
 #    pattern(T, state, two_streams, device) -> what forward needs to know of time, made once for all
-#    blocks. Streaming: 16 frames in one call, or 5, then 1, then 10, give the same numbers. With
+#    blocks. Streaming: 16 frames in one call, or 5, then 1, then 10, give equal results. With
 #    two_streams (teacher forcing, no state), x is [history | the same frames, noisy]: a frame of
 #    either half sees itself, and the history before it. A CUDA kernel gets at most MOST
 #    sequences. A third mixer also needs causal_only, an `out` that starts at zero, a state of
@@ -629,7 +629,7 @@ def rotary(x, cos, sin):
 
 
 class TemporalGRU(nn.Module):
-    """A GRU at every place, like the paper's recurrent model. State: the hidden state, (N, C)."""
+    """A GRU at every pixel, like the paper's recurrent model. State: the hidden state, (N, C)."""
     causal_only = True
 
     def __init__(self, dim, config):
@@ -687,7 +687,7 @@ class ResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Every place of a frame sees every other."""
+    """Every pixel of a frame sees every other."""
 
     def __init__(self, dim, head_dim):
         super().__init__()

@@ -30,8 +30,8 @@ SCHEDULE = {"diffusion": "pyramid", "teacher": "autoregressive", "full_sequence"
 
 def generate(model, num_frames, context=None, *, schedule=None, steps=STEPS,
              uncertainty=UNCERTAINTY, keyframes=None, actions=None, **options):
-    """-> iterator over num_frames frames (B, C, H, W), context first, by the schedule that suits
-    the model. None: without an end (causal models). All else is as in `sample` and `rollout`."""
+    """-> iterator over num_frames frames (B, C, H, W), context first. num_frames None: endless
+    (causal models). schedule None: what suits the model. The rest is as in `sample`, `rollout`."""
     config = model.config
     known = 0 if context is None else context.shape[1]
     need(num_frames is None or num_frames > known, "--frames counts the context: take more")
@@ -54,7 +54,7 @@ def generate(model, num_frames, context=None, *, schedule=None, steps=STEPS,
 
 
 def fitting_length(config, num_frames):
-    """-> num_frames, or those of one clip, if the model makes all frames of a clip together."""
+    """-> num_frames; or the length of one clip, if the model makes whole clips only."""
     together = config.forcing == "full_sequence" or not config.causal
     return min(config.clip_frames, config.window) if together else num_frames
 
@@ -95,10 +95,10 @@ def parse_args(argv):
     add("--keyframes", type=int, nargs="+", default=[], metavar="T", help="given frames: 0 15")
     add("--actions", help='.npy (T, A), repeated at its end, or "unknown" (side file, or zeros)')
     add("--schedule", choices=SCHEDULES, help="(the one that suits the model)")
-    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: calls per frame")
+    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: u, calls per frame")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
     add("--solver", choices=SOLVERS, default="multistep", help="(%(default)s)")
-    add("--context-noise", type=positive_float, help="sigma of the history (as trained)")
+    add("--context-noise", type=positive_float, help="sigma of the history (the model's)")
     add("--batch", type=positive, default=1, help="rollouts of each context (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")
     add("--fps", type=positive_float, default=15, help="frames/s of the video (%(default)s)")
@@ -177,14 +177,14 @@ def working_device(name):
 
 
 def is_small(model):
-    """Whether one thread is best: on a CPU, those of a small model mostly wait for each other."""
+    """Whether one thread is best: on a CPU, the threads of a small model mostly wait."""
     weights = list(model.parameters())
     return weights[0].device.type == "cpu" and sum(w.numel() for w in weights) < 2e6
 
 
 @contextlib.contextmanager
 def mistakes(*kinds):
-    """One line and exit status 2 for files, memory, Ctrl-C and kinds; all else is a bug of ours."""
+    """Errors of files, memory, Ctrl-C and `kinds`: one line, exit status 2. The rest are bugs."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError, KeyboardInterrupt, *kinds) as error:

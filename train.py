@@ -9,8 +9,8 @@
     python train.py --resume        goes on where a run stopped
     torchrun --nproc_per_node=8 train.py --data clips/    eight GPUs, which share each batch
 
-Beside model.pt it writes model.resume.pt (all that --resume needs), model.csv (the log) and videos,
-real clips above rollouts from their first frames: model.preview.mp4, at the end model.rollout.mp4.
+Besides model.pt it writes model.resume.pt (for --resume), model.csv (the log), and two videos with
+real clips above rollouts from their first frames: model.preview.mp4; at the end, model.rollout.mp4.
 """
 
 import contextlib
@@ -50,19 +50,19 @@ NOISE = {"diffusion": (-0.6, 2.4), "bidirectional": (0.6, 2.0), "teacher": (-0.6
 MAY_CHANGE = ("data", "cache", "steps", "minutes", "lr")  # settings, when a run is resumed
 NOT_SAVED = ("out", "device", "fast", "resume", "overwrite")  # of no use to --resume
 MEASURE, PREVIEW, VALIDATE = 2**60, 2**61, 2**62  # for `draw`: no step has such a number
-# loss: of training, as `Objective` has it: may be negative. *_noise: plain, of held-out clips.
+# loss: that of `Objective`, which may be negative. *_noise: plain losses of held-out clips.
 LOG = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of the processes on this machine
 
 
 class ExpectedLoss(nn.Module):
-    """-> log_expected (B, T): the logarithm of the loss to be expected of each frame, from its own
-    sigma (B, T) and from sigma_seen (B, T) of the four frames before it (bidirectional: and after
-    it). It learns with the model, by the same loss. Frames with little noise, or after nearly clean
-    ones, often have a far smaller loss than others: in a plain mean they hardly count, but rollouts
-    need them. Divided by what is expected, every mixture of noise counts the same (but for `gain`),
-    and the best denoiser stays what it was. (arXiv 1705.07115, 2312.02696. In the paper: fused SNR
+    """-> log_expected (B, T): the logarithm of the expected loss of each frame, from its own sigma
+    (B, T) and from sigma_seen (B, T) of the four frames before it (bidirectional: and after it). It
+    trains with the model, on the same loss. Frames with little noise, or after nearly clean ones,
+    often have a far smaller loss than others: in a plain mean they hardly count, but rollouts need
+    them. Divided by what is expected, every mixture of noise counts the same (but for `gain`), and
+    the best denoiser stays what it was. (arXiv 1705.07115, 2312.02696. In the paper: fused SNR
     weights.)"""
 
     def __init__(self, config, past=4, width=64):
@@ -124,7 +124,7 @@ def to_device(batch, s):
 
 
 def new_model(s, data):
-    """-> a Denoiser for these settings and this data, which is measured on 64 random clips."""
+    """-> a Denoiser for these settings. 64 random clips give mean, deviation, scale of actions."""
     clips, actions, _ = draw(data, s, 64, s.clip_frames, MEASURE)
     x = to_frames(clips)  # (64,T,C,H,W)
     mean = x.mean((0, 1, 3, 4))  # (C,)
@@ -177,7 +177,7 @@ def validate(model, data, s):
 
 
 def start_processes():
-    """Joins those of torchrun. They share each batch. The first one also prints and saves."""
+    """Joins the processes of torchrun. They share each batch. The first one prints and saves."""
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(LOCAL_RANK % gpus)
@@ -257,7 +257,7 @@ def parse_args():
 
 
 def main():
-    # Setup. Whatever a user can mend is found here.
+    # Setup. Whatever a user can fix is found here.
     if WORLD > 1:
         start_processes()
     sys.stdout.reconfigure(errors="backslashreplace")  # files may have names of any kind
@@ -285,7 +285,7 @@ def main():
     loss_of = nn.parallel.DistributedDataParallel(objective) if WORLD > 1 else objective
     print(f"{sum(w.numel() for w in weights) / 1e6:.2f} M weights, preset {s.preset}, {s.device}")
 
-    # Ctrl-C and its like: the step is finished, and saved. A second Ctrl-C ends at once.
+    # Ctrl-C and similar signals: finish the step, and save. A second Ctrl-C ends at once.
     signals, saving, all_saved = [], False, False
 
     def ask_to_stop(number, frame):
@@ -343,7 +343,7 @@ def main():
         # Step: the loss of the clips of this process, AdamW, the moving average.
         x, actions, generator = to_device(upcoming.result(), s)
         upcoming = pool.submit(draw, data, s, s.batch // WORLD, s.clip_frames, step + 1, rank=RANK)
-        if step % 4 == 0 and model.config.causal:  # single frames: in a clip, one has no past
+        if step % 4 == 0 and model.config.causal:  # single frames: a clip has one first frame
             x, actions = (v[:, ::4].flatten(0, 1)[:, None] for v in (x, actions))  # few are enough
         with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.fast):
             loss = loss_of(x, actions, generator)

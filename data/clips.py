@@ -47,7 +47,7 @@ def read_frames(path, height, width):
             zoom = max(height / x.shape[1], width / x.shape[2])
             size = [max(height, round(x.shape[1] * zoom)), max(width, round(x.shape[2] * zoom))]
             yield TF.center_crop(TF.resize(x, size), [height, width]).movedim(0, -1).numpy()
-        need(count, f"{path}: there is no frame in it")
+        need(count, f"{path}: there is no frame, or in a folder no image, in it")
     except ValueError as error:
         if not count:
             raise
@@ -115,6 +115,7 @@ def read_video(path, height, width):
             if len(data) == size:  # or it was killed
                 yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
     said = end_of(process, complaints, path).replace("moov atom not found", "not a whole video")
+    said = said.replace("Format not on whitelist", "of none of the formats that are read:")
     need(not said, f"{path}: {said}")
 
 

@@ -5,14 +5,15 @@
 """Measures a model of the lander against the simulator: same starts, same actions.
 
     python experiments/lander_check.py lander.pt
-    python experiments/lander_check.py lander.pt 1.5    actions are guided, with this weight
+    python experiments/lander_check.py lander.pt --guidance 1.5    actions are guided, so much
 
 First, eight flights of 256 frames, none of which lander.py records: the model gets their first four
-frames and all actions, and goes on by itself, as sample.py does. Then sixteen flights of 10 frames,
+frames and all actions, and goes on by itself, as sample.py does. Then 48 flights of 10 frames,
 after which one engine, or none, is held for 20 frames, as in play.py. At last, 300 first frames
 from nothing. lander.gif shows four of the long flights: real ones above, rollouts below.
 """
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -24,15 +25,15 @@ import torchvision.transforms.v2.functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.clips import to_bytes, to_frames, video_writer  # noqa: E402: found by the line above
-from diffusion_forcing import load_checkpoint  # noqa: E402
+from diffusion_forcing import load_checkpoint, need  # noqa: E402
 from experiments import lander  # noqa: E402
 from experiments.guidance import Guided, without_actions  # noqa: E402
-from sample import generate  # noqa: E402
+from sample import generate, mistakes  # noqa: E402
 
 ENGINES = ("none", "left", "main", "right")
 FLIGHTS, LENGTH, CONTEXT, SHOWN = 8, 256, 4, 4
-STARTS, BEFORE, HELD, FROM_NOTHING = 16, 10, 20, 300
-LAST, SEEDS = slice(-64, None), range(1000, 1100)  # the last quarter; lander.py has seeds below 999
+STARTS, BEFORE, HELD, FROM_NOTHING = 48, 10, 20, 300
+LAST, SEEDS = slice(-64, None), range(1000, 2000)  # the last quarter; lander.py has seeds below 999
 
 
 def fly(env, seed, num_frames, size, engine=None):
@@ -116,9 +117,16 @@ def held_engines(model, env, size):
 
 
 def main():
-    model, _ = load_checkpoint(sys.argv[1])
-    if len(sys.argv) > 2:
-        model = Guided(model, float(sys.argv[2]), without_actions)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("ckpt", help="as written by train.py")
+    p.add_argument("--guidance", type=float, default=1.0, help="weight (1: as trained)")
+    args = p.parse_args()
+    with mistakes(ValueError):
+        model, _ = load_checkpoint(args.ckpt)
+        need(model.config.action_dim == lander.ENGINES, f"{args.ckpt} is no model of the lander")
+    if args.guidance != 1:
+        model = Guided(model, args.guidance, without_actions)
     size = (model.config.height, model.config.width)
     env = gymnasium.make("LunarLander-v3", render_mode="rgb_array").unwrapped
     whole = long_flights(model, env, size)
