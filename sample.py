@@ -95,7 +95,7 @@ def parse_args(argv):
     add("--keyframes", type=int, nargs="+", default=[], metavar="T", help="given frames: 0 15")
     add("--actions", help='.npy (T, A), repeated at its end, or "unknown" (side file, or zeros)')
     add("--schedule", choices=SCHEDULES, help="(the one that suits the model)")
-    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: u, calls per frame")
+    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: u, calls a frame")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
     add("--solver", choices=SOLVERS, default="multistep", help="(%(default)s)")
     add("--context-noise", type=positive_float, help="sigma of the history (the model's)")
