@@ -97,7 +97,8 @@ def parse_args(argv):
     add("--schedule", choices=SCHEDULES, help="(the one that suits the model)")
     add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: u, calls a frame")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
-    add("--solver", choices=SOLVERS, default="multistep", help="(%(default)s)")
+    add("--solver", choices=SOLVERS, default="multistep",
+        help="(%(default)s; better where the future is certain: euler)")
     add("--context-noise", type=positive_float, help="sigma of the history (the model's)")
     add("--batch", type=positive, default=1, help="rollouts of each context (%(default)s)")
     add("--seed", type=int, default=0, help="(%(default)s)")

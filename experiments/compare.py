@@ -56,7 +56,7 @@ SEEDS = (0, 1, 2)
 MATRICES = [f"{FRAMEWISE} --steps 4", f"{FRAMEWISE} --steps 8", "--schedule full_sequence",
             *(f"{PYRAMID} --uncertainty {u}" for u in (1, 2, 4))]
 WAYS = [*MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES)]  # for all of --ckpt
-MORE = [*(f"--solver euler {way}" for way in (*MATRICES[:2], PYRAMID)),  # for a single one
+MORE = [*(f"--solver euler {way}" for way in (*MATRICES, f"{PYRAMID} --steps 4")),  # a single one
         *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5))]
 CLIPS, LENGTHS, CONTEXT = 8, (16, 64, 256), 4
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
