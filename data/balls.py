@@ -10,7 +10,7 @@ RADIUS = 3.5  # pixels
 SPEED = (0.6, 1.5)  # pixels a frame, from and to
 BACKGROUND = np.array([12, 14, 20])
 COLOURS = np.array([[230, 70, 0], [0, 110, 225]])  # of the two balls: added on the background
-PUSHED = 1 / 4  # in half of the clips: share of the frames with a push (or none, one in nine)
+PUSHED = 1 / 4  # in half of the clips: share of frames with a push; 1 in 9 of them is (0, 0)
 
 
 def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=8, speed=SPEED,
@@ -18,7 +18,7 @@ def bouncing_balls(num_clips, num_frames, rng, size=32, radius=RADIUS, substeps=
     """Two elastic balls of equal mass in a box -> uint8 (N, T, size, size, 3).
 
     push (N, T, 2) of -1, 0 and 1, to the right and down: where push[:, t] is not (0, 0), the red
-    ball turns to that direction, with a speed of 1 pixel a frame, before it moves into frame t.
+    ball gets that direction, and a speed of 1 pixel a frame, before it moves into frame t.
     Raises ValueError for a box that is too small."""
     if size < 4 * radius:
         raise ValueError(f"size is {size}; two balls need {4 * radius:.0f} pixels or more")

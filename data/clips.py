@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffusion_forcing import atomic_write, need
 
-VERSION = 2  # of reading: goes up when pixels change, so that what is in the cache is read anew
+VERSION = 2  # goes up when decoded pixels change, so that the cache is made anew
 VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".3gp", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 NO_CLIPS = (".actions.npy", ".preview.mp4", ".rollout.mp4")  # the last two are train.py's
@@ -39,7 +39,7 @@ def read_clip(path, height, width, limit=None):
 
 
 def read_frames(path, height, width):
-    """-> the frames of `read_clip`, one by one. Where a clip breaks it ends, and a line says so."""
+    """-> the frames of `read_clip`, one by one. A clip ends where it breaks; a line says so."""
     count = 0
     try:
         for count, frame in enumerate(decode(Path(path), height, width), 1):
@@ -47,7 +47,7 @@ def read_frames(path, height, width):
             zoom = max(height / x.shape[1], width / x.shape[2])
             size = [max(height, round(x.shape[1] * zoom)), max(width, round(x.shape[2] * zoom))]
             yield TF.center_crop(TF.resize(x, size), [height, width]).movedim(0, -1).numpy()
-        need(count, f"{path}: there is no frame, or in a folder no image, in it")
+        need(count, f"{path}: no frame in it, or no image in the folder")
     except ValueError as error:
         if not count:
             raise
@@ -63,7 +63,7 @@ def decode(path, height, width):
         clip = load_npy(path)
         floats = clip.dtype.kind == "f"
         need((floats or clip.dtype == np.uint8) and clip.shape[3:] == (3,) and clip.size,
-             f"{path}: {clip.dtype} {clip.shape}; uint8 (T, H, W, 3) is needed")
+             f"{path}: {clip.dtype} {clip.shape}, not uint8/float (T, H, W, 3)")
         for frame in clip:
             need(not floats or ((frame >= 0) & (frame <= 1)).all(), f"{path}: floats not in 0..1")
             yield frame * 255 if floats else frame
@@ -96,7 +96,7 @@ def load_npy(path):
         need(Path(path).is_file(), "there is no such file")  # or it is a pipe
         return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # whatever a foreign or damaged file provokes
-        raise ValueError(f"{path} is no .npy of numbers ({error})") from error
+        raise ValueError(f"{path} is not a numeric .npy ({error})") from error
 
 
 def read_video(path, height, width):
@@ -115,7 +115,7 @@ def read_video(path, height, width):
             if len(data) == size:  # or it was killed
                 yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
     said = end_of(process, complaints, path).replace("moov atom not found", "not a whole video")
-    said = said.replace("Format not on whitelist", "of none of the formats that are read:")
+    said = said.replace("Format not on whitelist", "not in a format that is read:")
     need(not said, f"{path}: {said}")
 
 
@@ -161,7 +161,7 @@ def read_actions(path, stride=1):
 
 def to_frames(clip, device="cpu"):
     """uint8 (..., H, W, C) array -> float (..., C, H, W) tensor in [-1, 1]."""
-    return torch.from_numpy(clip).to(device).movedim(-1, -3).float() / 127.5 - 1  # bytes travel
+    return torch.from_numpy(clip).to(device).movedim(-1, -3).float() / 127.5 - 1  # sends bytes
 
 
 def to_bytes(frames):
@@ -266,7 +266,7 @@ def cached_clip(file, height, width, cache):
 @contextlib.contextmanager
 def video_writer(path, height, width, fps=15, suffix=None):
     """-> write(frame), which writes a uint8 (height, width, 3) frame to .mp4, .webm, .gif or .npy.
-    Small pictures are enlarged to a height of 256 or more, not in .npy. Raises OSError."""
+    Small pictures are enlarged to a height of 256 or more (not .npy). Raises OSError."""
     suffix = suffix or Path(path).suffix.lower()
     if suffix == ".npy":
         with open(path, "wb") as file:

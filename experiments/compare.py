@@ -1,20 +1,20 @@
 """Measures what README and RESULTS.md claim.
 
     python experiments/compare.py --jobs 2      trains every paradigm on the bouncing balls, with
-        three seeds, each for four minutes on one core; rolls out 16, 64 and 256 frames; prints a
+        three seeds, each for four minutes on one core; measures 16, 64 and 256 frames; prints a
         table of how good the balls are (physics.py)
     python experiments/compare.py --data clips/ --jobs 2    the same on a folder of clips, for
-        fifteen minutes; 256 frames from the first four of held-out clips; how far they drift
+        fifteen minutes; continues held-out clips to 256 frames; measures how far they drift
         from real ones (drift.py)
     python experiments/compare.py --ckpt model.pt           rolls a model out in many ways, with
-        three seeds; several models are several seeds themselves: each figure is then their mean
+        three seeds, or several models, with one seed each; figures are means over these
     python experiments/compare.py --ckpt model.pt --push    how well it obeys pushes; push.gif
     python experiments/compare.py --ckpt both.pt --between  bidirectional: between two given frames
     python experiments/compare.py --ckpt model.pt --pyramid  draws the pyramid at work: pyramid.gif
     python experiments/compare.py --matrix                  draws three scheduling matrices
 
 What it trains and rolls out is kept in --out, and not made again. Its pictures are there, too:
-strip.png has frames of a rollout, for every row of the table.
+strip.png shows one rollout of each model in each way.
 """
 
 import argparse
@@ -64,7 +64,7 @@ DRIFT = ("distance: 1st quarter", "2nd", "3rd", "last", "sharp", "motion")
 
 
 def call(script, words, log, after=""):
-    """A script of the product, on one core, unless its log says that just this was done before."""
+    """Runs a script on one core, unless its log says that exactly this was done before."""
     words = [sys.executable, str(HERE / script), *map(str, words)]
     title, aside = f"{shlex.join(words)} # {after}\n", log.with_suffix(".tmp")
     if not log.exists() or not log.read_text().startswith(title):
@@ -100,7 +100,7 @@ def train(options, seed, args):
 def sample(ckpt, options, contexts, name, args):
     """Runs sample.py for 256 frames -> the folder with NAME*.npy, and its log NAME.txt. What was
     rolled out from other contexts, or by another model of this name, is made again."""
-    own = ckpt.is_relative_to(args.out)
+    own = ckpt.is_relative_to(args.out) and ckpt.name == "model.pt"
     path = folder(args, ckpt.parent.name if own else ckpt, "sample", options)
     given = ["--context", *contexts] if contexts else []
     files = [file for path in contexts for file in (path, side_file(path)) if file.exists()]
@@ -139,7 +139,7 @@ def pushes(ckpts, args):
         np.save(args.out / f"push_{i:02}.npy", real[i, :CONTEXT])
         np.save(args.out / f"push_{i:02}.actions.npy", push[i])
     rows = {("real balls", ""): real} | {
-        (ckpt.name, way): roll_out(ckpt, way, args, "push")
+        (str(ckpt), way): roll_out(ckpt, way, args, "push")
         for ckpt in ckpts for way in (FRAMEWISE, PYRAMID)}
     print("| model | sample.py | pushes | degrees off (median) | within 30 degrees |\n|-|-|-|-|-|")
     for (name, way), clips in rows.items():
@@ -158,7 +158,7 @@ def between(ckpts, args):
     others = [f" --schedule {kind}" for kind in SCHEDULES if kind != "full_sequence"]
     ways = ["--keyframes 0 15 --frames 16" + more for more in ("", " --steps 20", *others)]
     rows = {("real balls", ""): real} | {
-        (ckpt.name, way): roll_out(ckpt, way, args, "between")
+        (str(ckpt), way): roll_out(ckpt, way, args, "between")
         for ckpt in ckpts for way in ways}
     print("| model | sample.py | good | shape | vel | longest step | without a jump |\n"
           + "|-" * 7 + "|")
@@ -167,19 +167,19 @@ def between(ckpts, args):
         steps = [np.linalg.norm(np.diff(find(c)[0], axis=0), axis=-1).max() for c in clips]
         print(f"| {name} | {way} | {good:.3f} | {shape:.3f} | {vel:.3f} | {max(steps):.2f} | "
               f"{sum(step <= FASTEST for step in steps)} of {len(steps)} |")
-    draw_strip([real[0], rows[ckpts[0].name, ways[0]][0]], args.out / "keyframes.png", 16)
+    draw_strip([real[0], rows[str(ckpts[0]), ways[0]][0]], args.out / "keyframes.png", 16)
 
 
 def spread(values, digits):
-    """The mean over seeds and, of several, the standard deviation."""
+    """Mean over seeds, ± the standard deviation if several."""
     values = np.array(values, float)
     deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{deviation}"
 
 
 def physics_table(rows, real, per_frame):
-    """rows: {(paradigm, options of sample.py): clips of every seed}. What was given to go on from
-    does not count. per_frame: {options of sample.py: seconds for each frame}, or empty."""
+    """rows: {(paradigm, options of sample.py): clips of every seed}. Frames that were given
+    do not count. per_frame: {options of sample.py: seconds for each frame}, or empty."""
     columns = ("trained", "sample.py", "frames", *COLUMNS, *["s/frame"] * bool(per_frame))
     print("|", " | ".join(columns), "|\n|" + "-|" * len(columns))
     speeds = [true_speed(clip) for clip in real]
@@ -198,7 +198,7 @@ def physics_table(rows, real, per_frame):
 def drift_table(rows, others, args):
     """The same for a folder: the distance to the other clips in each quarter of what is new; then
     how sharp the last quarter is, how much it moves and, with --lander, how often one is seen. The
-    quarters of real clips, and of rollouts from nothing, are shorter than those of the others."""
+    quarters of real clips, and of rollouts from nothing, have lengths of their own."""
     drift, columns = Drift(others), ("trained", "sample.py", "frames", *DRIFT)
     if args.lander:
         from experiments.lander_check import body, shows_lander
@@ -227,7 +227,7 @@ def parse_args():
     p.add_argument("--lander", action="store_true", help="--data is the lander: look for it, too")
     p.add_argument("--minutes", type=float, help="of every training (4; with --data, 15)")
     p.add_argument("--jobs", type=int, default=1, help="how many at once, each on one core (1)")
-    p.add_argument("--out", type=Path, help="folder for all of it (runs; with --data, runs/NAME)")
+    p.add_argument("--out", type=Path, help="output folder (runs; with --data, runs/NAME)")
     p.add_argument("--ckpt", type=Path, nargs="+", default=[], help="measure these, train none")
     p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
     p.add_argument("--between", action="store_true", help="fill in between two frames with --ckpt")
@@ -235,13 +235,16 @@ def parse_args():
     p.add_argument("--matrix", action="store_true", help="only draw matrix.png")
     args = p.parse_args()
     if (args.push or args.between or args.pyramid) and not args.ckpt:
-        p.error("--push, --between and --pyramid are about a model: --ckpt is needed")
-    if args.lander and not (args.data and find_spec("gymnasium")):
+        p.error("--push, --between and --pyramid need a model: --ckpt")
+    if args.lander and not (args.data and find_spec("Box2D")):
         p.error('--lander needs --data, and `pip install "gymnasium[box2d]"`')
     args.minutes = args.minutes or (15 if args.data else 4)
     args.data = args.data and args.data.resolve()
     args.out = (args.out or Path("runs", args.data.name if args.data else "")).resolve()
     args.ckpt = [path.resolve() for path in args.ckpt]
+    args.configs = [load_checkpoint(path)[0].config for path in args.ckpt]
+    ours = all(c.height == 32 and c.action_dim in (2, 2 * args.push) for c in args.configs)
+    need(args.data or ours, "--ckpt: this is no model of balls, or with --push of pushes")
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -256,11 +259,10 @@ def real_clips(args):
         real, other = (bouncing_balls(CLIPS, LENGTHS[-1], rng) for rng in rngs)
         actions = [None] * CLIPS
     else:
-        configs = [load_checkpoint(path)[0].config for path in args.ckpt]
-        sizes = {(c.height, c.width, c.stride) for c in configs} or {(args.size, args.size, 1)}
-        need(len(sizes) == 1 and min(sizes)[2] == 1, "--ckpt: models of one size and of stride 1")
+        sizes = {(c.height, c.width, c.stride) for c in args.configs} or {(args.size, args.size, 1)}
+        need(len(sizes) == 1 and min(sizes)[2] == 1, "--ckpt: models need equal sizes, stride 1")
         data = Clips(args.data, *sizes.pop()[:2], 16)
-        need(data.held_out, f"--data {args.data}: ten clips or more, one of them to be held out")
+        need(data.held_out, f"--data {args.data}: ten clips are needed, to hold one out")
         clips = [np.load(path, mmap_mode="r", allow_pickle=False) for path, *_ in data.clips]
         held = np.flatnonzero(data.weight[True])
         real, actions = [clips[i] for i in held[:CLIPS]], [data.clips[i][2] for i in held[:CLIPS]]
@@ -275,8 +277,7 @@ def real_clips(args):
 
 def table(args):
     """Trains all of RUNS, or takes --ckpt; rolls out; prints the table and draws strip.png."""
-    with mistakes(ValueError):
-        real, other = real_clips(args)
+    real, other = real_clips(args)
     single, names = len(args.ckpt) == 1, ", ".join(p.stem for p in args.ckpt)
     wanted = {names: ("", WAYS + MORE * single)} if args.ckpt else RUNS
     given = args.ckpt * (len(SEEDS) if single else 1)
@@ -310,20 +311,19 @@ def table(args):
 
 
 def main():
-    args = parse_args()
-    if args.matrix:
-        draw_matrices(args.out / "matrix.png")
-    elif args.pyramid:
-        clip = bouncing_balls(1, CONTEXT, np.random.default_rng(99))
-        with mistakes(ValueError):
-            model, _ = load_checkpoint(args.ckpt[0])
-            draw_pyramid(model, to_frames(clip), args.out / "pyramid.gif")
-    elif args.push:
-        pushes(args.ckpt, args)
-    elif args.between:
-        between(args.ckpt, args)
-    else:
-        table(args)
+    with mistakes(ValueError):
+        args = parse_args()
+        if args.matrix:
+            draw_matrices(args.out / "matrix.png")
+        elif args.pyramid:
+            clip = to_frames(bouncing_balls(1, CONTEXT, np.random.default_rng(99)))
+            draw_pyramid(load_checkpoint(args.ckpt[0])[0], clip, args.out / "pyramid.gif")
+        elif args.push:
+            pushes(args.ckpt, args)
+        elif args.between:
+            between(args.ckpt, args)
+        else:
+            table(args)
 
 
 if __name__ == "__main__":

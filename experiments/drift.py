@@ -2,9 +2,9 @@
 
 distance  Frechet distance (as in FID, but of pixels) between patches of the rollouts and of real
           clips: 8x8 pixels of two frames, along the 64 directions in which real patches differ
-          most, each divided by their standard deviation. 0 if both are distributed alike
+          most, each divided by its standard deviation. 0 if both are distributed alike
 sharp     energy of the finest details, over that of real clips: below 1 is blur, above it grain
-motion    how much frames differ from the next one, over that of real clips: near 0 all stands still
+motion    how much a frame differs from the next, over that of real clips: near 0, nothing moves
 """
 
 import numpy as np
@@ -39,12 +39,12 @@ def motion(clips):
 
 
 class Drift:
-    """Real clips, a list of uint8 (T, H, W, 3), and then how far others are from them."""
+    """How far clips, lists of uint8 (T, H, W, 3), are from the first list: real ones."""
 
     def __init__(self, real, count=40_000):
         self.count, z = count, patches(real, count)
         variance, directions = np.linalg.eigh(np.cov(z.T))  # in increasing order
-        scale = np.sqrt(variance[-DIRECTIONS:] + 1)  # 1: a level of 255 is nothing
+        scale = np.sqrt(variance[-DIRECTIONS:] + 1)  # + 1: a floor of one level
         self.directions = directions[:, -DIRECTIONS:] / scale
         self.real = self.gaussian(z)
         self.details, self.motion = details(real), motion(real)

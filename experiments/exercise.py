@@ -1,12 +1,12 @@
 """Nine exercises, to hand out and to grade. The table in README says what they are.
 
-    python experiments/exercise.py handout ../student   this project, but for what is to be written
+    python experiments/exercise.py handout ../student   this project without the solutions
     python experiments/exercise.py grade ../student     a table; ... ../student 5: one of them
 
 Each exercise is graded alone: its functions are the student's, and so is what is new beside them
 (functions, imports, constants). All else is ours, so collect only diffusion_forcing.py. The points
 are shared evenly by the test functions; one with many cases must pass them all. The exit status is
-0 only if none is missing. Students' code has its own process, and LIMIT seconds for each exercise:
+0 only for full marks. Students' code has its own process, and LIMIT seconds for each exercise:
 this stops accidents, not cheats. As a plugin of pytest, this file skips what is not written yet.
 """
 
@@ -38,7 +38,7 @@ LIMIT = 300
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Skips a test that fails because something is not written, wherever it says so."""
+    """Skips a test if its error, or a cause of it, is that something is unwritten."""
     try:
         return (yield)
     except Exception as error:
@@ -103,7 +103,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     core = read(HERE / CORE)
     if unwritten():
-        p.error(f"the project that this file is in lacks {unwritten()[0]}")
+        p.error(f"this project itself lacks {unwritten()[0]}")
     numbers = [args.number] if args.number else exercises()
     try:
         if args.command == "handout":

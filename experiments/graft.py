@@ -1,6 +1,6 @@
 """Which functions are an exercise, how to take them out of the core, and how to put a student's in.
 
-Code is cut by indentation alone, so that it may be broken: only the broken function is lost.
+Code is cut by indentation alone, so it may be broken: only the broken function is lost.
 """
 
 import re

@@ -1,9 +1,9 @@
-"""Guidance: something counts for more than it did in training. Takes all options of sample.py.
+"""Guidance: history or actions count more than in training. Takes all options of sample.py.
 
     python experiments/guidance.py --ckpt model.pt --weight 1.5 --noise 0.1   the history does
     python experiments/guidance.py --ckpt model.pt --weight 2                 the actions do
 
-It is a wrapper around the denoiser, and no loop of sampling needs to know of it:
+It wraps the denoiser, so no sampling loop needs to know about it:
 
     model = Guided(model, 1.5, noisier_history(model.config.in_frame_units(0.1)))
     frames = rollout(model, matrix, 256, context)
@@ -23,7 +23,7 @@ from diffusion_forcing import need, per_frame, randn  # noqa: E402
 
 class Guided(nn.Module):
     """A denoiser for which something counts for more: D_weak + weight (D - D_weak). D_weak is what
-    the same model says of weaken(x, sigma, actions, commit), in which this something is missing.
+    the same model says of weaken(x, sigma, actions, commit), where this is missing or weaker.
     Called like Denoiser; the state is a pair, since each of the two has its own."""
 
     def __init__(self, model, weight, weaken):
@@ -48,8 +48,8 @@ def without_actions(x, sigma, actions, commit):
 def noisier_history(noise, generator=None):
     """-> a `weaken` with which the history counts for more (history guidance, arXiv 2502.06764). It
     is seen through noise of at least `noise`, in frame units: sigma_max hides all of it, less hides
-    its details. A frame gets this noise once, in the call in which it enters the state; so, in
-    `sample`, none ever does.
+    its details. A frame gets this noise once, in the call in which it enters the state; in
+    `sample`, none enters it.
 
     Hiding all of it may go too far: x[t] = .9 x[t-1] + noise, with variance 1 in all, becomes
     1.08 x[t-1] with weight 1.5, and a long rollout explodes.
@@ -73,7 +73,8 @@ def main(argv=None):
 
     def wrap(model, args):
         if ours.noise is None:
-            need(model.config.action_dim, f"{args.ckpt} knows no actions: --noise is needed")
+            need(model.config.action_dim and args.actions != "unknown",
+                 "without --noise, actions count for more: known ones are needed")
             return Guided(model, ours.weight, without_actions)
         need(model.config.causal, f"--noise: {args.ckpt} looks both ways, and has no history")
         generator = torch.Generator(args.device).manual_seed(args.seed + 1)

@@ -45,7 +45,7 @@ def record(env, seed, choose, num_frames=FRAMES):
 
 
 def pilot(env, rng):
-    """Knows how to land, but now and then keeps an engine at random on for a while."""
+    """Knows how to land, but now and then keeps a random engine on for a while."""
     slips, until, held = rng.uniform(0, 0.05), 0, 0
 
     def choose(t, state):

@@ -5,11 +5,11 @@
 """Measures a model of the lander against the simulator: same starts, same actions.
 
     python experiments/lander_check.py lander.pt
-    python experiments/lander_check.py lander.pt --guidance 1.5    actions are guided, so much
+    python experiments/lander_check.py lander.pt --guidance 1.5    guided by the actions
 
 First, eight flights of 256 frames, none of which lander.py records: the model gets their first four
 frames and all actions, and goes on by itself, as sample.py does. Then 48 flights of 10 frames,
-after which one engine, or none, is held for 20 frames, as in play.py. At last, 300 first frames
+after which one engine, or none, is held for 20 frames, as in play.py. Finally, 300 first frames
 from nothing. lander.gif shows four of the long flights: real ones above, rollouts below.
 """
 
@@ -66,7 +66,7 @@ def body(clips):
 
 
 def shows_lander(clips, whole):
-    """Frames (..., H, W, 3) -> (...): is there one, with about the area of a whole one?"""
+    """Frames (..., H, W, 3) -> (...): is one there, .25 to 2 times as large as a whole one?"""
     area = body(clips)[0] / whole
     return (area > 0.25) & (area < 2)
 
@@ -96,7 +96,7 @@ def long_flights(model, env, size):
 
 
 def held_engines(model, env, size):
-    """Prints the table of what an engine does that is held."""
+    """Prints the table of what a held engine does."""
     starts = ([fly(env, seed, BEFORE + HELD, size, engine) for engine in range(len(ENGINES))]
               for seed in SEEDS)
     starts = [*itertools.islice((start for start in starts if all(start)), STARTS)]
@@ -124,7 +124,10 @@ def main():
     args = p.parse_args()
     with mistakes(ValueError):
         model, _ = load_checkpoint(args.ckpt)
-        need(model.config.action_dim == lander.ENGINES, f"{args.ckpt} is no model of the lander")
+        c = model.config
+        need((c.action_dim, c.causal, c.forcing != "full_sequence", c.stride)
+             == (lander.ENGINES, True, True, 1), f"{args.ckpt}: a causal model of the lander is "
+             "needed, of stride 1")
     if args.guidance != 1:
         model = Guided(model, args.guidance, without_actions)
     size = (model.config.height, model.config.width)

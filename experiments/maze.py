@@ -5,13 +5,13 @@
 """Plans with guidance (paper, section 4.2): a ball finds its way to any goal in a maze.
 
     pip install gymnasium-robotics
-    python experiments/maze.py train Medium    some minutes on one core: Medium.pt; or UMaze, Large
+    python experiments/maze.py train Medium    13 minutes on one core: Medium.pt; or UMaze, Large
     python experiments/maze.py test Medium     100 episodes
     python experiments/maze.py draw Medium     a plan that comes into focus: Medium.png
 
 The world is PointMaze of gymnasium-robotics: two forces push a ball, 100 times a second. The clips
 show how a controller drives it from one random goal to the next; nothing says where the goals are.
-A frame has 32 steps: eight positions, the 16 channels of a single pixel. The first frame of a plan
+A frame is 32 steps: eight positions, as the 16 channels of one pixel. The first frame of a plan
 is what the ball did last; all others are sampled, and pulled towards the goal in each call of the
 network. The best of some plans is followed for two frames.
 """
@@ -30,7 +30,7 @@ from tqdm import tqdm, trange
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the project
 from diffusion_forcing import (Config, Denoiser, load_checkpoint, per_frame, sample,  # noqa: E402
                                save_checkpoint, scheduling_matrix)
-from sample import mistakes  # noqa: E402
+from sample import mistakes, positive  # noqa: E402
 from train import Objective  # noqa: E402
 
 EVERY, STACK, S = 4, 8, 20  # steps between two positions, positions in a frame, sampling steps
@@ -70,7 +70,7 @@ def walk(ball, way):
 
 
 def collect(env, rng, steps=1_000_000):
-    """-> (steps / EVERY, 2): where a ball was that goes to random goals, and rests at each."""
+    """-> (steps / EVERY, 2): a ball's path: it goes to random goals, and rests at each."""
     ball, rest, noise, positions = env.reset(seed=0)[0]["observation"], -1, 0, []
     for step in trange(steps, desc="recording", unit=" steps", mininterval=1):
         if rest < 0:
@@ -164,7 +164,7 @@ def play(envs, args, model=None):
 def draw(maze, args, model, zoom=24, shown=6):
     """Draws MAZE.png: a plan between the two cells with the longest way between them, from black to
     green, at six of the calls that make it. A position is blue at the beginning of the plan, and
-    red at its end; noisy ones are shown as near to the middle as clean ones."""
+    red at its end; noisy ones are scaled to the spread of clean ones."""
     cells = [maze.cell_rowcol_to_xy(cell) for cell in np.argwhere(~walls(maze))]
     ends = max(itertools.product(cells, cells), key=lambda ends: len(route(maze, *ends)))
     calls, clouds = [], []
@@ -191,11 +191,11 @@ def main():
     p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("train", "test", "draw"))
     p.add_argument("maze", choices=MAZES)
-    p.add_argument("--steps", type=int, default=7000, help="of training (%(default)s)")
-    p.add_argument("--episodes", type=int, default=100, help="of test (%(default)s)")
+    p.add_argument("--steps", type=positive, default=7000, help="of training (%(default)s)")
+    p.add_argument("--episodes", type=positive, default=100, help="of test (%(default)s)")
     p.add_argument("--uncertainty", type=float, default=5.0, help="u of the pyramid (%(default)s)")
     p.add_argument("--scale", type=float, default=3.0, help="of the guidance (%(default)s)")
-    p.add_argument("--best", type=int, default=16, help="plans to choose from (%(default)s)")
+    p.add_argument("--best", type=positive, default=16, help="plans to choose from (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = p.parse_args()
     with mistakes(ImportError):

@@ -13,7 +13,7 @@ FASTEST = 2.3  # no ball is faster, not even one with the energy of both: pixels
 
 def find(clip):
     """uint8 (T, H, W, 3) of two balls -> centres (T, ball, xy); which frames have both balls whole,
-    in one place and with their area (within a quarter); how much of a ball is wrong (T,)."""
+    each in one piece, its area right to a quarter; how much of a ball is wrong (T,)."""
     cover = np.moveaxis((clip - 1.0 * BACKGROUND) @ np.linalg.pinv(COLOURS), -1, 1)  # (T,ball,H,W)
     y, x = np.mgrid[: clip.shape[1], : clip.shape[2]] + 0.5
     area, weight = np.pi * RADIUS**2, np.where(cover > 0.5, cover, 0)
@@ -32,16 +32,16 @@ def find(clip):
 
 def free_flight(p, size):
     """Centres (T, ball, xy) -> which steps are free of walls and of the other ball (T-1,); the root
-    mean square speed of both balls in each, NaN in the others. Walls and collisions keep it."""
+    mean square speed of both balls in each, NaN in the others. Bounces do not change it."""
     gap = abs(np.minimum(p - RADIUS, size - RADIUS - p))  # to a wall
     touch = np.linalg.norm(p[:, 0] - p[:, 1], axis=-1) < 2 * RADIUS + FASTEST
-    # a ball that bounced between two frames was, in sum, nearer to the wall than a step
+    # where a ball bounced between two frames, its two gaps add up to less than a step
     free = (gap[1:] + gap[:-1] > FASTEST).all((1, 2)) & ~touch[1:] & ~touch[:-1]
     return free, np.where(free, np.sqrt((np.diff(p, axis=0) ** 2).sum((1, 2)) / 2), np.nan)
 
 
 def true_speed(clip):
-    """The speed of both balls of a real clip, which it keeps (median)."""
+    """The speed of both balls, constant in a real clip (median)."""
     return median(free_flight(find(clip)[0], clip.shape[1])[1])
 
 
@@ -50,7 +50,7 @@ def physics(clip, true=None):
     good    share of frames in which both balls are whole
     shape   how much of a ball's area is wrong, against a true disc at its centre (median)
     vel     change of velocity from step to step in free flight, pixels a frame and axis (median)
-    speed   how far the speed of both is from `true`, that of the clip that was to be gone on from,
+    speed   how far the speed of both is from `true`, that of the real clip it continues,
             or else from that of its own first 8 free steps, as a share (median)
     prefix  frames before the first mistake: a ball that is not whole, a step longer than any ball
             can make, a jump in velocity of over a pixel a frame in free flight, or the speed a

@@ -15,7 +15,7 @@ from experiments.physics import find  # noqa: E402
 
 
 def draw_pushes(clip, push, path, scale=4, frames=4):
-    """A clip as .gif. An arrow shows a push for some frames, from the middle of the red ball on."""
+    """A clip as .gif. For some frames, an arrow from the middle of the red ball shows a push."""
     p, video = find(clip)[0], clip.repeat(scale, 1).repeat(scale, 2)
     along = np.linspace(0, 1, 40)[:, None]
     for t in np.flatnonzero(push.any(1)):
@@ -32,7 +32,7 @@ def draw_pushes(clip, push, path, scale=4, frames=4):
 def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
     """The first rows of three matrices as grey values: black is pure noise, white a clean frame.
     The first two columns are context."""
-    titles = {"autoregressive": "frame after frame", "pyramid": "pyramid",
+    titles = {"autoregressive": "frame by frame", "pyramid": "pyramid",
               "full_sequence": "all together"}
     columns, top, gap = 2 + num_frames, 20, 50
     panel = columns * cell + 1
@@ -56,7 +56,7 @@ def draw_matrices(path, num_steps=8, num_frames=12, rows=28, cell=9):
 
 
 def draw_strip(clips, path, count, labels=None, scale=2):
-    """A row of `count` frames for each clip, from its first to its last one; labels are beside."""
+    """A row of `count` frames for each clip, from its first to its last; labels on the left."""
     rows, labels = [], labels or [""] * len(clips)
     longest = max(len(line) for label in labels for line in label.split("\n"))
     for clip, label in zip(clips, labels):

@@ -5,7 +5,7 @@
 
 Arrows make the first or the second number of an action -1 or 1, for one frame. A digit says which
 of its numbers is 1, all others being 0, and holds until the next digit. Digits steer where an
-action has more than two numbers. space: pause; r: anew; q: end.
+action has more than two numbers. space: pause; r: new; q: end.
 """
 
 import collections
@@ -70,7 +70,7 @@ class Keys:
         names = f"0 to {len(self.means) - 1}" if self.digits else "arrows"
         numbers = [self.told.argmax()] if self.digits else self.told[0]
         action = " ".join(f"{number:g}" for number in numbers)
-        return f"{names} | space: pause | r: anew | q: end | {rate:.0f} frames/s | action {action}"
+        return f"{names} | space: pause | r: new | q: end | {rate:.0f} frames/s | action {action}"
 
 
 def world(model, context, given, keys, steps, seed):
@@ -120,7 +120,7 @@ def play(screen, worlds, keys, fps, keep):
         times.append(time.monotonic())
         due = max(due + 1 / fps, times[-1])
         rate, key = (len(times) - 1) / max(times[-1] - times[0], 1e-3), None
-        while key != -1 or keys.paused or time.monotonic() < due:  # -1: no key was pressed in time
+        while not keys.anew and (key != -1 or keys.paused or time.monotonic() < due):  # -1: no key
             draw(image, keys.line(rate))
             left = math.ceil(1000 * (due - time.monotonic()))
             screen.timeout(100 if keys.paused else max(0, left))
@@ -145,7 +145,7 @@ def parse_args(argv):
     p.add_argument("ckpt", help="as written by train.py")
     p.add_argument("--context", nargs=1, default=[], metavar="CLIP", help="go on from it")
     p.add_argument("--fps", type=positive_float, default=15, help="at most (%(default)s)")
-    p.add_argument("--keys", choices=["digits", "arrows"], help="(by the width of the actions)")
+    p.add_argument("--keys", choices=["digits", "arrows"], help="(arrows for 1 or 2 numbers)")
     p.add_argument("--steps", type=positive, default=STEPS, help="of a frame (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     p.add_argument("--device", type=working_device, default="auto", help="(cuda or cpu)")
@@ -158,7 +158,7 @@ def main(argv=None):
     args = parse_args(argv)
     with mistakes(), contextlib.ExitStack() as stack:  # it finishes the file, in any case
         with mistakes(ValueError):
-            need(curses and os.isatty(0) and os.isatty(1), "a terminal of Linux or macOS is needed")
+            need(curses and os.isatty(0) and os.isatty(1), "a Linux or macOS terminal is needed")
             if args.out:
                 output_paths(args)
             model, _ = load_checkpoint(args.ckpt, args.device)

@@ -2,12 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["gymnasium[classic-control]", "imageio[ffmpeg]", "numpy"]
 # ///
-"""Records clips of an environment of Gymnasium, with actions, in which somebody plays at random.
+"""Records clips, with actions, of random play in an environment of Gymnasium.
 
     pip install "gymnasium[classic-control]" && python experiments/record.py CartPole-v1
 
 writes CartPole-v1/0000.mp4 and CartPole-v1/0000.actions.npy to CartPole-v1/0099.* for train.py. Row
-t of the actions leads to frame t: one-hot, if they are choices, else numbers; row 0 is zeros. Each
+t of the actions leads to frame t: one-hot for choices, else numbers; row 0 is zeros. Each
 action is kept for some frames. To record a better player, write another `choose`.
 """
 
@@ -74,26 +74,28 @@ def main():
     args = p.parse_args()
     folder = Path(args.env.replace("/", "-"))
     if min(args.clips, args.frames, args.every, args.size) < 1 or folder.exists():
-        p.error(f"numbers above 0, and a new folder are needed: is there a {folder}/ already?")
+        p.error(f"all numbers must be above 0, and {folder}/ must not exist yet")
 
-    import gymnasium
     try:
+        import gymnasium
         env = gymnasium.make(args.env, render_mode="rgb_array")
-    except gymnasium.error.Error as error:
+        env.reset()
+        env.render()  # what it needs may be missing
+    except Exception as error:  # whatever an environment raises
         p.error(str(error))
     env.action_space.seed(0)
     folder.mkdir()
-    written = seed = 0
+    written, seed, shortest = 0, 0, min(args.shortest, args.frames)
     while written < args.clips and seed < 100 * args.clips:
         choose = at_random(env.action_space, np.random.default_rng(seed))
         frames, actions = record(env, seed, choose, args.frames, args.size, args.every)
         seed += 1
-        if len(frames) >= args.shortest:
+        if len(frames) >= shortest:
             name = folder / f"{written:04}.mp4"
             iio.imwrite(name, frames, fps=15, macro_block_size=1, quality=9)
             np.save(name.with_suffix(".actions.npy"), actions)
             written += 1
-    print(f"{written} clips in {folder}/; {seed - written} were shorter than {args.shortest}")
+    print(f"{written} clips in {folder}/; {seed - written} were shorter than {shortest}")
 
 
 if __name__ == "__main__":
