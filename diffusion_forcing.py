@@ -5,7 +5,7 @@ The idea (Chen et al., NeurIPS 2024, https://arxiv.org/abs/2407.01392):
   2. In training, every frame of a clip gets its own amount of noise, independent of all others.
      One network, causal in time, learns to denoise every mixture of known and unknown frames.
   3. In sampling, you choose the mixture. A matrix says how noisy each frame is at each step. Frame
-     after frame, all frames together, and everything between: only the matrix differs.
+     by frame, all frames together, and everything between: only the matrix differs.
   4. Given and finished frames are the history. The network sees them with a little noise, and is
      told how much. The noise hides errors, which would otherwise add up. (Paper: stabilization.)
   5. A finished frame enters the state of the network once, and is not computed again. The state
