@@ -13,7 +13,7 @@ time. Then train a model, here for two hours on two CPU cores, and play:
 
     python -m torch.distributed.run --nproc_per_node=2 train.py --data lander/ --preset small \\
         --size 48 --clip-frames 48 --lr 4e-3 --minutes 115 --out lander.pt
-    python experiments/play.py lander.pt --context lander/0009.mp4 --fps 6
+    python experiments/play.py lander.pt --context lander/0003.mp4 --fps 6
 """
 
 from pathlib import Path
