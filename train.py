@@ -343,7 +343,7 @@ def main():
         # Step: the loss of the clips of this process, AdamW, the moving average.
         x, actions, generator = to_device(upcoming.result(), s)
         upcoming = pool.submit(draw, data, s, s.batch // WORLD, s.clip_frames, step + 1, rank=RANK)
-        if step % 4 == 0 and model.config.causal:  # single frames: a clip has one first frame
+        if step % 4 == 0 and model.config.causal:  # single frames: in clips, few have no past
             x, actions = (v[:, ::4].flatten(0, 1)[:, None] for v in (x, actions))  # few are enough
         with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.fast):
             loss = loss_of(x, actions, generator)

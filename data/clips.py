@@ -161,7 +161,7 @@ def read_actions(path, stride=1):
 
 def to_frames(clip, device="cpu"):
     """uint8 (..., H, W, C) array -> float (..., C, H, W) tensor in [-1, 1]."""
-    return torch.from_numpy(clip).to(device).movedim(-1, -3).float() / 127.5 - 1  # sends bytes
+    return torch.from_numpy(clip).to(device).movedim(-1, -3).float() / 127.5 - 1  # sent as bytes
 
 
 def to_bytes(frames):

@@ -13,8 +13,7 @@
     python experiments/compare.py --ckpt model.pt --pyramid  draws the pyramid at work: pyramid.gif
     python experiments/compare.py --matrix                  draws three scheduling matrices
 
-What it trains and rolls out is kept in --out, and not made again. Its pictures are there, too:
-strip.png shows one rollout of each model in each way.
+--out keeps what is trained and rolled out, to use it again, and strip.png: a rollout of each way.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from diffusion_forcing import SCHEDULES, load_checkpoint, need  # noqa: E402
 from experiments.drift import Drift  # noqa: E402
 from experiments.physics import FASTEST, find, physics, push_errors, true_speed  # noqa: E402
 from experiments.pictures import draw_matrices, draw_pushes, draw_pyramid, draw_strip  # noqa: E402
-from sample import mistakes  # noqa: E402
+from sample import mistakes, positive  # noqa: E402
 
 FRAMEWISE, PYRAMID = "--schedule autoregressive", "--schedule pyramid"
 FROM_NOTHING = "--batch 8 --frames 16 --actions unknown"
@@ -53,11 +52,11 @@ RUNS = {  # options of train.py, rollouts as options of sample.py
     "full sequence, bidirectional": ("--forcing full_sequence", (f"--steps 20 {FROM_NOTHING}",)),
 }
 SEEDS = (0, 1, 2)
-MATRICES = [f"{FRAMEWISE} --steps 4", f"{FRAMEWISE} --steps 8", "--schedule full_sequence",
-            *(f"{PYRAMID} --uncertainty {u}" for u in (1, 2, 4))]
+MATRICES = [f"{FRAMEWISE} --steps 4", f"{FRAMEWISE} --steps 8",
+            *(f"{PYRAMID} --uncertainty {u}" for u in (1, 2, 4)), "--schedule full_sequence"]
 WAYS = [*MATRICES, *(f"{way} --batch 64 --frames 16" for way in MATRICES)]  # for all of --ckpt
-MORE = [*(f"--solver euler {way}" for way in (*MATRICES, f"{PYRAMID} --steps 4")),  # a single one
-        *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5))]
+MORE = [*(f"--solver euler {way}" for way in (*MATRICES[:-1], f"{PYRAMID} --steps 4")),
+        *(f"--context-noise {noise}" for noise in (0.002, 0.02, 0.2, 0.5))]  # for a single one
 CLIPS, LENGTHS, CONTEXT = 8, (16, 64, 256), 4
 COLUMNS = ("good", "shape", "vel", "speed", "prefix")
 DRIFT = ("distance: 1st quarter", "2nd", "3rd", "last", "sharp", "motion")
@@ -139,7 +138,7 @@ def pushes(ckpts, args):
         np.save(args.out / f"push_{i:02}.npy", real[i, :CONTEXT])
         np.save(args.out / f"push_{i:02}.actions.npy", push[i])
     rows = {("real balls", ""): real} | {
-        (str(ckpt), way): roll_out(ckpt, way, args, "push")
+        (os.path.relpath(ckpt), way): roll_out(ckpt, way, args, "push")
         for ckpt in ckpts for way in (FRAMEWISE, PYRAMID)}
     print("| model | sample.py | pushes | degrees off (median) | within 30 degrees |\n|-|-|-|-|-|")
     for (name, way), clips in rows.items():
@@ -158,7 +157,7 @@ def between(ckpts, args):
     others = [f" --schedule {kind}" for kind in SCHEDULES if kind != "full_sequence"]
     ways = ["--keyframes 0 15 --frames 16" + more for more in ("", " --steps 20", *others)]
     rows = {("real balls", ""): real} | {
-        (str(ckpt), way): roll_out(ckpt, way, args, "between")
+        (os.path.relpath(ckpt), way): roll_out(ckpt, way, args, "between")
         for ckpt in ckpts for way in ways}
     print("| model | sample.py | good | shape | vel | longest step | without a jump |\n"
           + "|-" * 7 + "|")
@@ -167,7 +166,7 @@ def between(ckpts, args):
         steps = [np.linalg.norm(np.diff(find(c)[0], axis=0), axis=-1).max() for c in clips]
         print(f"| {name} | {way} | {good:.3f} | {shape:.3f} | {vel:.3f} | {max(steps):.2f} | "
               f"{sum(step <= FASTEST for step in steps)} of {len(steps)} |")
-    draw_strip([real[0], rows[str(ckpts[0]), ways[0]][0]], args.out / "keyframes.png", 16)
+    draw_strip([x[0] for x in [*rows.values()][:2]], args.out / "keyframes.png", 16)
 
 
 def spread(values, digits):
@@ -178,8 +177,8 @@ def spread(values, digits):
 
 
 def physics_table(rows, real, per_frame):
-    """rows: {(paradigm, options of sample.py): clips of every seed}. Frames that were given
-    do not count. per_frame: {options of sample.py: seconds for each frame}, or empty."""
+    """rows: {(paradigm, options of sample.py): clips of every seed}. Given frames do not count.
+    per_frame: {options of sample.py: seconds for each frame}, or empty."""
     columns = ("trained", "sample.py", "frames", *COLUMNS, *["s/frame"] * bool(per_frame))
     print("|", " | ".join(columns), "|\n|" + "-|" * len(columns))
     speeds = [true_speed(clip) for clip in real]
@@ -226,7 +225,7 @@ def parse_args():
     p.add_argument("--size", type=int, default=32, help="of the clips of --data (%(default)s)")
     p.add_argument("--lander", action="store_true", help="--data is the lander: look for it, too")
     p.add_argument("--minutes", type=float, help="of every training (4; with --data, 15)")
-    p.add_argument("--jobs", type=int, default=1, help="how many at once, each on one core (1)")
+    p.add_argument("--jobs", type=positive, default=1, help="at once, each on one core (1)")
     p.add_argument("--out", type=Path, help="output folder (runs; with --data, runs/NAME)")
     p.add_argument("--ckpt", type=Path, nargs="+", default=[], help="measure these, train none")
     p.add_argument("--push", action="store_true", help="measure how well --ckpt obeys pushes")
@@ -244,7 +243,7 @@ def parse_args():
     args.ckpt = [path.resolve() for path in args.ckpt]
     args.configs = [load_checkpoint(path)[0].config for path in args.ckpt]
     ours = all(c.height == 32 and c.action_dim in (2, 2 * args.push) for c in args.configs)
-    need(args.data or ours, "--ckpt: this is no model of balls, or with --push of pushes")
+    need(args.data or ours, "--ckpt: no model of the balls (--push: with pushes)")
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -277,7 +276,8 @@ def real_clips(args):
 
 def table(args):
     """Trains all of RUNS, or takes --ckpt; rolls out; prints the table and draws strip.png."""
-    real, other = real_clips(args)
+    with mistakes(ValueError):
+        real, other = real_clips(args)
     single, names = len(args.ckpt) == 1, ", ".join(p.stem for p in args.ckpt)
     wanted = {names: ("", WAYS + MORE * single)} if args.ckpt else RUNS
     given = args.ckpt * (len(SEEDS) if single else 1)
@@ -313,17 +313,17 @@ def table(args):
 def main():
     with mistakes(ValueError):
         args = parse_args()
-        if args.matrix:
-            draw_matrices(args.out / "matrix.png")
-        elif args.pyramid:
-            clip = to_frames(bouncing_balls(1, CONTEXT, np.random.default_rng(99)))
-            draw_pyramid(load_checkpoint(args.ckpt[0])[0], clip, args.out / "pyramid.gif")
-        elif args.push:
-            pushes(args.ckpt, args)
-        elif args.between:
-            between(args.ckpt, args)
-        else:
-            table(args)
+    if args.matrix:
+        draw_matrices(args.out / "matrix.png")
+    elif args.pyramid:
+        clip = to_frames(bouncing_balls(1, CONTEXT, np.random.default_rng(99)))
+        draw_pyramid(load_checkpoint(args.ckpt[0])[0], clip, args.out / "pyramid.gif")
+    elif args.push:
+        pushes(args.ckpt, args)
+    elif args.between:
+        between(args.ckpt, args)
+    else:
+        table(args)
 
 
 if __name__ == "__main__":

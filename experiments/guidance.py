@@ -74,7 +74,7 @@ def main(argv=None):
     def wrap(model, args):
         if ours.noise is None:
             need(model.config.action_dim and args.actions != "unknown",
-                 "without --noise, actions count for more: known ones are needed")
+                 f"{args.ckpt} knows no actions, or they are unknown: --noise is needed")
             return Guided(model, ours.weight, without_actions)
         need(model.config.causal, f"--noise: {args.ckpt} looks both ways, and has no history")
         generator = torch.Generator(args.device).manual_seed(args.seed + 1)

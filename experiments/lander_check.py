@@ -28,7 +28,7 @@ from data.clips import to_bytes, to_frames, video_writer  # noqa: E402: found by
 from diffusion_forcing import load_checkpoint, need  # noqa: E402
 from experiments import lander  # noqa: E402
 from experiments.guidance import Guided, without_actions  # noqa: E402
-from sample import generate, mistakes  # noqa: E402
+from sample import generate, mistakes, positive_float  # noqa: E402
 
 ENGINES = ("none", "left", "main", "right")
 FLIGHTS, LENGTH, CONTEXT, SHOWN = 8, 256, 4, 4
@@ -119,14 +119,13 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("ckpt", help="as written by train.py")
-    p.add_argument("--guidance", type=float, default=1.0, help="weight (1: as trained)")
+    p.add_argument("--guidance", type=positive_float, default=1.0, help="weight (1: as trained)")
     args = p.parse_args()
     with mistakes(ValueError):
         model, _ = load_checkpoint(args.ckpt)
         c = model.config
-        need((c.action_dim, c.causal, c.forcing != "full_sequence", c.stride)
-             == (lander.ENGINES, True, True, 1), f"{args.ckpt}: a causal model of the lander is "
-             "needed, of stride 1")
+        need((c.action_dim, c.causal, c.stride) == (lander.ENGINES, True, 1),
+             f"{args.ckpt}: a causal model of the lander, of stride 1, is needed")
     if args.guidance != 1:
         model = Guided(model, args.guidance, without_actions)
     size = (model.config.height, model.config.width)
