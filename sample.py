@@ -124,8 +124,7 @@ def main(argv=None, wrap=None):
             args.frames = args.frames or fitting_length(config, 256)
             context, keyframes, actions = load_inputs(args, config)
             model = wrap(model, args) if wrap else model
-            stack.callback(torch.set_num_threads, torch.get_num_threads())  # as they were
-            torch.set_num_threads(1 if is_small(model) else torch.get_num_threads())
+            stack.enter_context(one_thread(model))
             frames = generate(
                 model, args.frames, context, schedule=args.schedule, steps=args.steps,
                 uncertainty=args.uncertainty, keyframes=keyframes, actions=actions,
@@ -178,9 +177,20 @@ def working_device(name):
 
 
 def is_small(model):
-    """Whether one thread is best: on a CPU, the threads of a small model mostly wait."""
+    """Whether it is a small model on a CPU, which hardly gains by several threads."""
     weights = list(model.parameters())
     return weights[0].device.type == "cpu" and sum(w.numel() for w in weights) < 2e6
+
+
+@contextlib.contextmanager
+def one_thread(model):
+    """While a small model rolls out on a CPU, one thread: more of them would mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if is_small(model) else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -36,8 +36,8 @@ from data.balls import Balls
 from data.clips import Clips, to_bytes, to_frames, video_writer
 from diffusion_forcing import (FORCINGS, MIXERS, Config, Denoiser, diffusion_forcing_loss,
                                edm_scalings, load_checkpoint, need, save_checkpoint, zero)
-from sample import (fitting_length, generate, is_small, mistakes, positive, positive_float,
-                    working_device)
+from sample import (fitting_length, generate, is_small, mistakes, one_thread, positive,
+                    positive_float, working_device)
 
 PRESETS = {  # small: runs anywhere. base: some tens of millions of parameters, for a GPU.
     "small": dict(size=[32], batch=2, lr=3e-3, warmup=100, ema=0.995, minutes=8.0, dim=32,
@@ -54,16 +54,16 @@ MEASURE, PREVIEW, VALIDATE = 2**60, 2**61, 2**62  # for `draw`: no step has such
 LOG = "step,loss,learning_rate,low_noise,middle_noise,high_noise,frames_per_second,seconds\n"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of the processes on this machine
+THREADS = torch.get_num_threads()  # of all cores, or as OMP_NUM_THREADS says
 
 
 class ExpectedLoss(nn.Module):
-    """-> log_expected (B, T): the logarithm of the expected loss of each frame, from its own sigma
-    (B, T) and from sigma_seen (B, T) of the four frames before it (bidirectional: and after it). It
-    trains with the model, on the same loss. Frames with little noise, or after nearly clean ones,
-    often have a far smaller loss than others: in a plain mean they hardly count, but rollouts need
-    them. Divided by what is expected, every mixture of noise counts the same (but for `gain`), and
-    the best denoiser stays what it was. (arXiv 1705.07115, 2312.02696. In the paper: fused SNR
-    weights.)"""
+    """-> log_expected (B, T): the log of each frame's expected loss, from its own sigma (B, T) and
+    from sigma_seen (B, T) of the four frames before it (bidirectional: and after it). It trains
+    with the model, on the same loss. Frames with little noise, or after nearly clean ones, often
+    have a far smaller loss: in a plain mean they hardly count, but rollouts need them. Divided by
+    what is expected, every mixture of noise counts the same (but for `gain`), and the best denoiser
+    stays the same. (arXiv 1705.07115, 2312.02696. In the paper: fused SNR weights.)"""
 
     def __init__(self, config, past=4, width=64):
         super().__init__()
@@ -149,17 +149,29 @@ def preview(path, model, data, s, num_frames):
     num_frames = fitting_length(config, num_frames)
     known = 0 if config.forcing == "full_sequence" else min(4, num_frames - 1)  # 0: from nothing
     x, actions, generator = to_device(draw(data, s, 4, num_frames, PREVIEW, data.held_out), s)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if is_small(model) else threads)
     try:
-        frames = generate(model, num_frames, x[:, :known] if known else None, actions=actions,
-                          batch_size=4, generator=generator)
-        with video_writer(path, 2 * config.height, 4 * config.width) as write:
+        with one_thread(model), video_writer(path, 2 * config.height, 4 * config.width) as write:
+            frames = generate(model, num_frames, x[:, :known] if known else None, actions=actions,
+                              batch_size=4, generator=generator)
             for real, rolled in zip(x.unbind(1), tqdm(frames, str(path), num_frames, leave=False)):
                 write(to_bytes(make_grid([*real, *rolled], nrow=4, padding=0)))
     except OSError as error:  # no reason to end a training
         tqdm.write(f"{path}: {error}")
-    torch.set_num_threads(threads)
+
+
+def choose_threads(objective, data, s):
+    """On a CPU, takes all threads or one, whichever is faster for a small model: where other
+    programs keep a core busy, threads wait. --steps: all, as rounding depends on their number."""
+    if THREADS == 1 or WORLD > 1 or s.steps < math.inf or not is_small(objective):
+        return
+    batch, took = to_device(draw(data, s, s.batch, s.clip_frames, MEASURE), s), {}
+    for threads in (THREADS, 1) * 4:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        objective(*batch).backward()
+        took.setdefault(threads, []).append(time.perf_counter() - start)
+    objective.zero_grad()
+    torch.set_num_threads(min(took, key=lambda threads: sum(took[threads][1:])))  # [0] warms up
 
 
 @torch.no_grad()
@@ -300,6 +312,7 @@ def main():
     progress = lambda: min(1, max(step / s.steps, elapsed / 60 / s.minutes))
     bar = tqdm(total=1, initial=progress(), disable=RANK > 0,
                bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}")
+    choose_threads(objective, data, s)
     start, save_time, stopped = time.monotonic() - elapsed, elapsed, False
     total, count, row_time = 0.0, 0, time.monotonic()  # of the losses since the last row of the log
     pool = ThreadPoolExecutor(1)
@@ -336,6 +349,7 @@ def main():
             saving = False
             if not end:
                 preview(s.out.with_suffix(".preview.mp4"), ema, data, s, 2 * s.clip_frames)
+                choose_threads(objective, data, s)
             save_time, row_time = elapsed, time.monotonic()  # it does not count in frames/s
         if end:
             break

@@ -249,8 +249,8 @@ def parse_args():
 
 
 def real_clips(args):
-    """-> real clips, the first frames of which are kept as contexts; and others. Where the actions
-    of a clip end, the last one goes on."""
+    """-> real clips, the first frames of which are kept as contexts; and others. Of a folder, the
+    longest held-out clips. Where the actions of a clip end, the last one goes on."""
     for old in args.out.glob("context_*.npy"):
         old.unlink()
     if not args.data:
@@ -263,7 +263,7 @@ def real_clips(args):
         data = Clips(args.data, *sizes.pop()[:2], 16)
         need(data.held_out, f"--data {args.data}: ten clips are needed, to hold one out")
         clips = [np.load(path, mmap_mode="r", allow_pickle=False) for path, *_ in data.clips]
-        held = np.flatnonzero(data.weight[True])
+        held = sorted(np.flatnonzero(data.weight[True]), key=lambda i: -len(clips[i]))
         real, actions = [clips[i] for i in held[:CLIPS]], [data.clips[i][2] for i in held[:CLIPS]]
         other = [clips[i] for i in np.flatnonzero(data.weight[False])]
     for i, (clip, rows) in enumerate(zip(real, actions)):

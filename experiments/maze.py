@@ -30,7 +30,7 @@ from tqdm import tqdm, trange
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the project
 from diffusion_forcing import (Config, Denoiser, load_checkpoint, per_frame, sample,  # noqa: E402
                                save_checkpoint, scheduling_matrix)
-from sample import mistakes, positive  # noqa: E402
+from sample import mistakes, positive, positive_float  # noqa: E402
 from train import Objective  # noqa: E402
 
 EVERY, STACK, S = 4, 8, 20  # steps between two positions, positions in a frame, sampling steps
@@ -193,7 +193,7 @@ def main():
     p.add_argument("maze", choices=MAZES)
     p.add_argument("--steps", type=positive, default=7000, help="of training (%(default)s)")
     p.add_argument("--episodes", type=positive, default=100, help="of test (%(default)s)")
-    p.add_argument("--uncertainty", type=float, default=5.0, help="u of the pyramid (%(default)s)")
+    p.add_argument("--uncertainty", type=positive_float, default=5.0, help="pyramid (%(default)s)")
     p.add_argument("--scale", type=float, default=3.0, help="of the guidance (%(default)s)")
     p.add_argument("--best", type=positive, default=16, help="plans to choose from (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")

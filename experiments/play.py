@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the project
 from data.clips import to_bytes, video_writer  # noqa: E402
 from diffusion_forcing import load_checkpoint, need  # noqa: E402
-from sample import (STEPS, generate, is_small, load_inputs, mistakes, output_paths,  # noqa: E402
+from sample import (STEPS, generate, load_inputs, mistakes, one_thread, output_paths,  # noqa: E402
                     positive, positive_float, working_device)
 
 try:
@@ -171,8 +171,7 @@ def main(argv=None):
         keys = Keys(config.action_dim, digits, args.device)
         worlds = (world(model, context, given, keys, args.steps, seed)
                   for seed in itertools.count(args.seed))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # as they were
-        torch.set_num_threads(1 if is_small(model) else torch.get_num_threads())
+        stack.enter_context(one_thread(model))
         kept = contextlib.nullcontext(lambda image: None)
         if args.out:
             kept = video_writer(args.out, config.height, config.width, args.fps)

@@ -19,7 +19,8 @@ import torch
 
 import diffusion_forcing as df
 import sample
-from data.balls import bouncing_balls
+from data.balls import Balls, bouncing_balls
+from data.clips import to_frames
 from experiments import compare, drift, exercise, graft, guidance, maze, play, record
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
@@ -68,6 +69,17 @@ def said(tmp_path, monkeypatch, capsys):
     np.save("a.npy", np.full((5, 8, 8, 3), 99, np.uint8))
     np.save("a.actions.npy", np.full((5, 2), 5.0))
     return call
+
+
+@pytest.mark.checkpoint
+def test_the_checkpoint_that_is_shipped_denoises_balls():
+    model, _ = df.load_checkpoint(graft.HERE / "experiments" / "balls.pt")
+    clips, actions = Balls().batch(np.random.default_rng(0), 2, 8)
+    sigma = torch.full((2, 8), 0.3)
+    with torch.no_grad():
+        loss = float(df.diffusion_forcing_loss(model, to_frames(clips), model.config, sigma=sigma,
+                                               actions=torch.from_numpy(actions), generator=seed()))
+    assert loss < 0.01, f"a loss of {loss:.4f}, not 0.0035: the network is not the one that balls.pt was trained with"
 
 
 @pytest.mark.guidance
@@ -352,6 +364,8 @@ def test_rollouts_are_of_todays_contexts_and_of_no_others(tmp_path, monkeypatch)
         np.save(args.data / f"{i}.npy", np.full((20 + i, 8, 8, 3), i, np.uint8))
         np.save(args.data / f"{i}.actions.npy", np.arange(20.0 + i)[:, None])
     real, others = compare.real_clips(args)
+    lengths = [len(clip) for clip in real]
+    assert lengths == sorted(lengths, reverse=True), "the longest ones first"
     assert 1 < len(real) <= 8 and {int(x[0, 0, 0, 0]) for x in real}.isdisjoint(int(x[0, 0, 0, 0]) for x in others)
     for i, clip in enumerate(real):
         rows = np.load(tmp_path / f"context_{i:02}.actions.npy")[:, 0]
