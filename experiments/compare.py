@@ -68,8 +68,7 @@ def call(script, words, log, after=""):
     title, aside = f"{shlex.join(words)} # {after}\n", log.with_suffix(".tmp")
     if not log.exists() or not log.read_text().startswith(title):
         with open(aside, "w") as f:
-            f.write(title)
-            f.flush()
+            print(title, end="", file=f, flush=True)
             done = subprocess.run(words, stdout=f, stderr=f,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
@@ -148,9 +147,8 @@ def pushes(ckpts, args):
 
 
 def between(ckpts, args):
-    """Bidirectional models fill in the 14 frames between the first and the last one of real clips.
-    Prints what `physics` says of them, the longest step of a ball, and in how many clips no ball
-    jumps; draws the first clip, real and filled in, as keyframes.png."""
+    """Bidirectional models fill in 14 frames between two real ones. Prints `physics` of them, the
+    longest move of a ball, and how many clips have no jump; draws one clip as keyframes.png."""
     real = bouncing_balls(8 * CLIPS, 16, np.random.default_rng(96))
     for i, clip in enumerate(real):
         np.save(args.out / f"between_{i:02}.npy", clip)
@@ -159,7 +157,7 @@ def between(ckpts, args):
     rows = {("real balls", ""): real} | {
         (os.path.relpath(ckpt), way): roll_out(ckpt, way, args, "between")
         for ckpt in ckpts for way in ways}
-    print("| model | sample.py | good | shape | vel | longest step | without a jump |\n"
+    print("| model | sample.py | good | shape | vel | longest move | without a jump |\n"
           + "|-" * 7 + "|")
     for (name, way), clips in rows.items():
         good, shape, vel, *_ = np.nanmean([physics(clip) for clip in clips], 0)
@@ -263,8 +261,10 @@ def real_clips(args):
         data = Clips(args.data, *sizes.pop()[:2], 16)
         need(data.held_out, f"--data {args.data}: ten clips are needed, to hold one out")
         clips = [np.load(path, mmap_mode="r", allow_pickle=False) for path, *_ in data.clips]
-        held = sorted(np.flatnonzero(data.weight[True]), key=lambda i: -len(clips[i]))
-        real, actions = [clips[i] for i in held[:CLIPS]], [data.clips[i][2] for i in held[:CLIPS]]
+        held = [i for i in np.flatnonzero(data.weight[True])
+                if not args.lander or data.clips[i][2][-1, 0]]  # its engines are off at the end
+        held = sorted(held, key=lambda i: -len(clips[i]))[:CLIPS]
+        real, actions = [clips[i] for i in held], [data.clips[i][2] for i in held]
         other = [clips[i] for i in np.flatnonzero(data.weight[False])]
     for i, (clip, rows) in enumerate(zip(real, actions)):
         np.save(args.out / f"context_{i:02}.npy", clip[:CONTEXT])

@@ -354,7 +354,7 @@ def test_rollouts_are_of_todays_contexts_and_of_no_others(tmp_path, monkeypatch)
             name = options["--out"].with_stem(f"r_{i}") if count > 1 else options["--out"]
             np.save(name, np.full((2, 8, 8, 3), i))
 
-    made, args = [], SimpleNamespace(data=tmp_path / "clips", size=8, ckpt=[], configs=[], out=tmp_path)
+    made, args = [], SimpleNamespace(data=tmp_path / "clips", size=8, ckpt=[], configs=[], out=tmp_path, lander=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(compare, "call", call)
     model = tmp_path / "model.pt"
