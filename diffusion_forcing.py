@@ -26,7 +26,7 @@ m: from S (here 4), pure noise, to 0, finished. A frame starts u rows after the 
   x               frames, pixels in [-1, 1]; a noisy frame is x + sigma * standard normal noise
   sigma (B, T)    how much noise each frame has, in frame units: those of x (Config has others)
   D               the denoiser's output: the mean of all clean frames that fit the noisy ones
-  K (M+1, T)      scheduling matrix: K[m, t] is the level of frame t before step m; K[M] is all 0
+  K (M+1, T)      scheduling matrix: K[m, t], frame t's level before step m (paper: m counts down)
 
 Who sees whom: in each temporal mixer, a frame sees itself and the window - 1 frames before it (in a
 GRU, all of them). In a bidirectional model (causal=False; attention only) it also sees later ones,
@@ -34,9 +34,9 @@ so its features are never final: every call takes all frames; there is no state,
 teacher forcing. `sample` makes one clip, of at most `window` frames. In return, any of them may be
 given, as keyframes. Latents in place of pixels only need another Config: their channels, height,
 width, mean and deviation (bring all channels to one scale), and patch = 1.
-Departures from the paper (numbers: sections of this file): EDM in place of DDPM (3); a step may use
-the D of the one before (6, `solver_step`); half of the clips `alternate` (2); gates (8); attention
-or a GRU at each pixel, not a convolutional GRU (9); in train.py, `ExpectedLoss` and single frames.
+Departures from the paper (numbers: sections): EDM in place of DDPM (3); a step may use the D of the
+one before (6, `solver_step`); half of the clips `alternate` (2); gates (8); attention or a GRU at
+each pixel, not a convolutional GRU (9); train.py: `ExpectedLoss`, single frames, withheld actions.
 """
 
 import io
@@ -86,7 +86,7 @@ class Config:
     forcing: str = "diffusion"       # how to train: see diffusion_forcing_loss
     P_mean: float = -0.6             # in training, ln sigma is normal with this mean ...
     P_std: float = 2.4               # ... and this standard deviation, twice as wide as in EDM
-    alternating: float = 0.5         # share of the clips in which noise alternates
+    alternating: float = 0.5         # share of the training clips that `alternate`, section 2
     sigma_min: float = 0.02          # in sampling, sigma comes down from sigma_max to sigma_min,
     sigma_max: float = 80.0          # and then to 0
     rho: float = 7.0                 # EDM: the larger, the more of the steps are near sigma_min
@@ -147,9 +147,9 @@ def alternate(normal, config, generator):
     """normal (B, T) -> the same, but each clip, with probability config.alternating, mixes low and
     high noise (below and above the median). Each frame alone stays standard normal. Causal: they
     take turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to
-    1), anywhere, is high, to be filled in; these have one sigma, newly drawn. Why (causal): the
-    effect of an action is learned where a frame too noisy to show it follows a cleaner one (Config
-    units: sigma < .1, then > 2). That holds for 11 % of neighbours; without this, for 7 %."""
+    1), anywhere, is high, to be filled in; these have one sigma, newly drawn. Why turns? What an
+    action does is learned where a frame too noisy to show it follows a nearly clean one (Config
+    units: sigma < .1, then > 2): in 11 % of neighbouring pairs; without turns, in 7 %."""
     (B, T), device = normal.shape, normal.device
     rand = lambda *size: torch.rand(size, generator=generator, device=device)
     alternates = rand(B, 1) < config.alternating  # (B,1): which clips
@@ -204,14 +204,14 @@ def gain(sigma, sigma_data):
 def diffusion_forcing_loss(model, x, config, *, sigma=None, actions=None, generator=None,
                            expected_loss=None):
     """The weighted denoising loss of clips x (B, T, C, H, W) -> scalar, for config.forcing:
-      "diffusion"      every frame has its own sigma, and is predicted from itself and its past;
+      "diffusion"      every frame has its own sigma, and is predicted from all that it sees;
       "full_sequence"  ordinary video diffusion: one sigma for a whole clip;
       "teacher"        next-frame prediction: each has its own sigma (none alternates), but its past
                        is a second copy of the clip, the `history` of section 8, with context_noise.
     The model is called once, without a state (commit is 0). sigma (B, T) takes the place of the
     random one. actions (B, T, A): row t leads to frame t; None: they are unknown.
     expected_loss(sigma, sigma with which later frames see this one) -> u (B, T): a second network,
-    trained along with the first one, predicts the logarithm of each frame's loss. The frame then
+    trained along with the first one, predicts the logarithm of each frame's mean loss. The frame
     counts as loss / exp(u) + u (divided by its `gain` if the model has gates)."""
     if sigma is None:
         sigma = sample_noise_levels(*x.shape[:2], config, generator).to(x)  # (B,T)
@@ -249,9 +249,9 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
       "autoregressive"  u = S: a frame starts when the one before it is finished
       "pyramid"         u = `uncertainty`: near frames are nearly finished while far ones are noisy
       "trapezoid"       from both ends to the middle, u min(t, T - 1 - t): for bidirectional models
-    One call of the network serves all frames between S and 0, about S / u in a pyramid. So T frames
-    take at most S + floor(u (T - 1)) calls. With one frame, all kinds are the same. Raises
-    ValueError for any other kind, no frame, no step, `uncertainty` below 0, infinite or NaN."""
+    One call of the network serves all frames in flight, about S / u in a pyramid. So T frames take
+    at most S + floor(u (T - 1)) calls. With one frame, all kinds are the same. Raises ValueError
+    for any other kind, no frame, no step, `uncertainty` below 0, infinite or NaN."""
     need(kind in SCHEDULES, f"schedule is {kind!r}; it is one of {', '.join(SCHEDULES)}")
     need(min(num_frames, num_steps) >= 1, f"{num_frames} frames in {num_steps} steps: at least 1")
     need(0 <= uncertainty < math.inf, f"uncertainty is {uncertainty}; at least 0 is needed")
@@ -262,7 +262,7 @@ def scheduling_matrix(kind, num_frames, num_steps, uncertainty=1.0):
     return (num_steps + start - m).clamp(0, num_steps)
 
 
-# ==== 6. Sampling: the paper's Algorithm 2 (its guidance would be a wrapper around the model). ===
+# ==== 6. Sampling: the paper's Algorithm 2 (for its guidance, see experiments/maze.py). ==========
 
 @torch.no_grad()
 def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_size=1,
@@ -300,7 +300,7 @@ def sample(model, matrix, context=None, *, keyframes=None, actions=None, batch_s
         seen = x + per_frame(told - s) * eps  # (B,T,C,H,W)
         D, _ = model(seen, told.expand(len(x), T), actions=actions, commit=0)
         x = solver_step(x, D, D_last, s_last, s, s_next, solver)
-        D_last = torch.where(per_frame(s_next < s), D, D_last)  # of its last step, if it is held
+        D_last = torch.where(per_frame(s_next < s), D, D_last)  # if held: that of its last step
         s_last = torch.where(s_next < s, s, s_last)
     return x
 
@@ -310,9 +310,9 @@ def solver_step(x, D, D_last, s_last, s, s_next, solver):
     dx/dsigma = (x - D) / sigma (EDM, eqs. 1 and 3) is x + (s_next - s) (x - D) / s, but written so
     that at 0 it lands on D exactly. The multistep solver (DPM-Solver++(2M), arXiv 2211.01095, Alg.
     2) replaces D by a guess of D in the middle of the step. It draws a line, over ln sigma, through
-    D_last (found at s_last (T,), in its previous step) and D (found at s), and follows it
-    half a step further. But a first step has no D_last (s_last is infinite), and a step to 0 has no
-    middle: D stays. A frame whose level is held keeps every bit, also at 0."""
+    D_last (found at s_last (T,), in the frame's previous step) and D (found at s), and follows it
+    to there, half a step further. But a first step has no D_last (s_last is infinite), and a step
+    to 0 has no middle: there, D stays. A held frame (s_next = s) keeps every bit, also at 0."""
     target = D
     if solver == "multistep":
         ahead = torch.where(s_next > 0, (s / s_next).log() / 2 / (s_last / s).log(), 0)  # (T,)
@@ -367,7 +367,7 @@ def roll(model, matrix, num_frames, context, period, actions, solver, generator,
     level = lambda row, t: endless_level(matrix, period, row, t - num_context)
     x = eps = D_last = context[:, :0]  # (B,n,C,H,W) each; at first, n = 0
     s_last, acts = sigmas[:0], context.new_empty(len(x), 0, config.action_dim)  # (n,), (B,n,A)
-    joined, state = 0, None
+    joined, state = 0, None  # joined: how many frames have started
 
     for row in itertools.count():
         while joined != num_frames and level(row + 1, joined) < S:  # the next frame starts
@@ -413,10 +413,10 @@ def no_frames(model, batch_size, config):
 
 
 def check_call(matrix, num_frames, context, actions, solver, config, period=None, keyframes={}):
-    """Raises ValueError for what `rollout`, which has a period, or `sample` cannot do."""
+    """Raises ValueError for what `sample` (period is None) or `rollout` cannot do."""
     B, num_context, *size = context.shape
     need(size == [config.channels, config.height, config.width] and context.is_floating_point()
-         and B > 0, f"context is {context.dtype} {tuple(context.shape)}; floats as in Config?")
+         and B > 0, f"context is {context.dtype} {tuple(context.shape)}, not floats as in Config")
     need(num_frames is None or num_frames >= max(num_context, 1), f"num_frames is {num_frames}; "
          f"it counts the {num_context} frames of context, and is at least 1")
     if torch.is_tensor(actions):
@@ -433,7 +433,7 @@ def check_call(matrix, num_frames, context, actions, solver, config, period=None
         for t, x in keyframes.items():
             fits = x.dtype == context.dtype and [*x.shape] == [B, *size]
             need(fits and num_context <= t < num_frames,
-                 f"keyframe {t}, {x.dtype} {[*x.shape]}: in the context, past the end, or unlike x")
+                 f"keyframe {t}, {x.dtype} {[*x.shape]}: in or unlike the context, or past the end")
     else:
         need(config.causal, "a bidirectional model keeps no state: take sample, not rollout")
         need(0 < period < math.inf, f"period is {period}; a number above 0 is needed")
@@ -446,9 +446,9 @@ def check_call(matrix, num_frames, context, actions, solver, config, period=None
 # ==== 8. The denoiser: a small 2-D U-Net. Frames meet only in the mixers that end its blocks. =====
 #    Gates: for each value of a frame, the head outputs a guess a and a gate b. Section 3's network
 #    is gain (a + b z); z = c_in (x - mu) is its input, gain = sigma_data / sigma, clamped to 1..25.
-#    At low sigma, D is about mu + (1 + b) (x - mu) + sigma_data a. If a = b = 0, the noisy value is
-#    kept; if b = -1, the guess takes its place. Without gates, the noise of each value has to pass
-#    through every layer to the output, and this is learned late.
+#    At low sigma, down to sigma_min, D is about mu + (1 + b) (x - mu) + sigma_data a. If a = b = 0,
+#    the noisy value is kept; if b = -1, the guess takes its place. Without gates, the noise of each
+#    value has to pass through every layer to the output, and this is learned late.
 
 class Denoiser(nn.Module):
     """D(x; sigma): noisy frames and their sigma -> denoised frames, and the next state."""
@@ -582,8 +582,8 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim, config):
         super().__init__()
         self.head_dim, self.window, self.causal = config.head_dim, config.window, config.causal
-        # The bias of qkv is a constant in q and k. Once both are rotated, their product depends on
-        # the distance in time alone, so a head can look "n frames back", whatever the frames show.
+        # The bias of qkv is a constant part of q and k. Once rotated, the product of these parts
+        # depends on the distance in time alone: a head can look "n frames back", whatever is there.
         self.qkv = nn.Linear(dim, 3 * dim)  # q, then k, then v, each of them head by head
         self.out = zero(nn.Linear(dim, dim))
 

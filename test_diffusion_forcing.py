@@ -1539,7 +1539,6 @@ def run(tmp_path, monkeypatch, capsys):
             m.setitem(train.PRESETS, "small", train.PRESETS["small"] | TINY | preset)
             m.setattr(train, "preview", preview)
             m.setattr(train, "THREADS", 1)
-            m.setattr(train, "THREADS", 1)
             m.setattr(train.Objective, "forward", lambda *x: forward(*x) * (at.get(next(steps), int)() or 1.0))
             try:
                 with train.mistakes(FloatingPointError):
@@ -1755,7 +1754,7 @@ def test_time_is_told_in_minutes_and_goes_on_after_resume(tmp_path, monkeypatch,
     with monkeypatch.context() as m:
         m.setattr(train, "choose_threads", lambda *_: told.append("threads"))
         run("--minutes 5.8", at=dict.fromkeys(range(99), tick), preview=show, save_minutes=3)
-    assert told == ["threads", ("model.preview.mp4", 8), "threads", ("model.rollout.mp4", 256)], "three minutes; the end"
+    assert told == ["threads", ("model.preview.mp4", 8), "threads", ("model.rollout.mp4", 256)], "3 minutes; the end"
     rows = np.loadtxt(tmp_path / "model.csv", delimiter=",", skiprows=1)[:, [0, 6]]  # frames/s without the preview
     assert rows.tolist() == [pytest.approx([step, 8 / 6], rel=1e-3) for step in (20, 40, 42)], "42 steps of six seconds"
     run("--resume --minutes 6", at=dict.fromkeys(range(99), tick))
@@ -1765,15 +1764,15 @@ def test_time_is_told_in_minutes_and_goes_on_after_resume(tmp_path, monkeypatch,
 @pytest.mark.cli
 @pytest.mark.parametrize("fast", [1, 4])
 def test_one_thread_or_all_of_them_whichever_is_faster(monkeypatch, fast):
-    threads, clock, objective = [], [0], train.Objective(random_denoiser(height=16, width=16, action_dim=2))
-    objective.register_forward_hook(lambda *_: clock.append(clock[-1] + (2 if threads[-1] == fast else 3)))
+    threads, objective = [], train.Objective(random_denoiser(height=16, width=16, action_dim=2))
     monkeypatch.setattr(train, "THREADS", 4)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[-1])
-    s = Namespace(batch=2, clip_frames=4, seed=0, device="cpu", steps=9)
+    monkeypatch.setattr(train, "timeit", lambda step, number: step() or 2 + (threads[-1] != fast))
+    s = Namespace(batch=2, clip_frames=4, size=[16, 16], seed=0, device="cpu", steps=math.inf)
+    for change in (dict(steps=9), dict(clip_frames=999)):
+        train.choose_threads(objective, Balls(16), Namespace(**vars(s) | change))
+        assert not threads, "a run of so many steps can be repeated exactly; many pixels gain by threads"
     train.choose_threads(objective, Balls(16), s)
-    assert not threads, "a run of so many steps can be repeated exactly"
-    train.choose_threads(objective, Balls(16), Namespace(**vars(s) | dict(steps=math.inf)))
     assert {*threads} == {1, 4} and threads[-1] == fast and all(w.grad is None for w in objective.parameters())
 
 

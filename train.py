@@ -25,6 +25,7 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from timeit import timeit
 
 import numpy as np
 import torch
@@ -160,16 +161,15 @@ def preview(path, model, data, s, num_frames):
 
 
 def choose_threads(objective, data, s):
-    """On a CPU, takes all threads or one, whichever is faster for a small model: where other
-    programs keep a core busy, threads wait. --steps: all, as rounding depends on their number."""
-    if THREADS == 1 or WORLD > 1 or s.steps < math.inf or not is_small(objective):
+    """For a small model on a CPU: takes all threads or one, whichever is faster. Threads wait where
+    other programs keep a core busy. --steps: all, as rounding depends on their number."""
+    few = s.batch * s.clip_frames * math.prod(s.size) < 3e5  # pixels: eight steps take seconds
+    if THREADS == 1 or WORLD > 1 or s.steps < math.inf or not (few and is_small(objective)):
         return
     batch, took = to_device(draw(data, s, s.batch, s.clip_frames, MEASURE), s), {}
     for threads in (THREADS, 1) * 4:
         torch.set_num_threads(threads)
-        start = time.perf_counter()
-        objective(*batch).backward()
-        took.setdefault(threads, []).append(time.perf_counter() - start)
+        took.setdefault(threads, []).append(timeit(lambda: objective(*batch).backward(), number=1))
     objective.zero_grad()
     torch.set_num_threads(min(took, key=lambda threads: sum(took[threads][1:])))  # [0] warms up
 
