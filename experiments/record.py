@@ -16,7 +16,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
-from PIL import Image  # comes with imageio
+from PIL import Image, ImageOps  # comes with imageio
 
 
 def at_random(space, rng, longest=8):
@@ -45,11 +45,8 @@ def record(env, seed, choose, num_frames, size=64, every=1):
     frames, actions, over = [], [], False
     row = 0 * as_row(env.action_space, env.action_space.sample())
     while True:
-        image = env.render()
-        side = min(image.shape[:2])
-        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-        square = Image.fromarray(image[top : top + side, left : left + side])
-        frames.append(np.array(square.resize((size, size), Image.BOX)))
+        square = ImageOps.fit(Image.fromarray(env.render()), (size, size), Image.BOX)
+        frames.append(np.array(square))
         actions.append(row)
         if over or len(frames) == num_frames:
             return np.array(frames), np.array(actions)
