@@ -34,9 +34,9 @@ so its features are never final: every call takes all frames; there is no state,
 teacher forcing. `sample` makes one clip, of at most `window` frames. In return, any of them may be
 given, as keyframes. Latents in place of pixels only need another Config: their channels, height,
 width, mean and deviation (bring all channels to one scale), and patch = 1.
-Departures from the paper (numbers: sections): EDM in place of DDPM (3); a step may use the D of the
-one before (6, `solver_step`); half of the clips `alternate` (2); gates (8); attention or a GRU at
-each pixel, not a convolutional GRU (9); train.py: `ExpectedLoss`, single frames, withheld actions.
+Departures from the paper, by section: EDM in place of DDPM (3); a step may use the D of the one
+before (6, `solver_step`); half of the clips `alternate` (2); gates (8); attention or a GRU at each
+pixel, not a convolutional GRU (9). In train.py: `ExpectedLoss`, single frames, withheld actions.
 """
 
 import io
@@ -147,7 +147,7 @@ def alternate(normal, config, generator):
     """normal (B, T) -> the same, but each clip, with probability config.alternating, mixes low and
     high noise (below and above the median). Each frame alone stays standard normal. Causal: they
     take turns, and either comes first. Bidirectional: a random share of the frames (uniform in 0 to
-    1), anywhere, is high, to be filled in; these have one sigma, newly drawn. Why turns? What an
+    1), anywhere, is high, to be filled in; these have one sigma, newly drawn. Why turns: what an
     action does is learned where a frame too noisy to show it follows a nearly clean one (Config
     units: sigma < .1, then > 2): in 11 % of neighbouring pairs; without turns, in 7 %."""
     (B, T), device = normal.shape, normal.device

@@ -49,7 +49,7 @@ def generate(model, num_frames, context=None, *, schedule=None, steps=STEPS,
         first = scheduling_matrix(schedule, 1, 4 * steps)
         action = None if actions is None else actions[:, :1]  # (B,1,A)
         context = sample(model, first, actions=action, **options)  # (B,1,C,H,W)
-    period = min(uncertainty, steps) if schedule == "pyramid" else None
+    period = uncertainty if schedule == "pyramid" else None
     return rollout(model, matrix, num_frames, context, period=period, actions=actions, **options)
 
 
@@ -95,7 +95,7 @@ def parse_args(argv):
     add("--keyframes", type=int, nargs="+", default=[], metavar="T", help="given frames: 0 15")
     add("--actions", help='.npy (T, A), repeated at its end, or "unknown" (side file, or zeros)')
     add("--schedule", choices=SCHEDULES, help="(the one that suits the model)")
-    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: u (%(default)s)")
+    add("--uncertainty", type=positive_float, default=UNCERTAINTY, help="pyramid: u, calls a frame")
     add("--steps", type=positive, default=STEPS, help="denoising steps of a frame (%(default)s)")
     add("--solver", choices=SOLVERS, default="multistep",
         help="(%(default)s; better where the future is certain: euler)")

@@ -261,9 +261,9 @@ def real_clips(args):
         data = Clips(args.data, *sizes.pop()[:2], 16)
         need(data.held_out, f"--data {args.data}: ten clips are needed, to hold one out")
         clips = [np.load(path, mmap_mode="r", allow_pickle=False) for path, *_ in data.clips]
-        held = [i for i in np.flatnonzero(data.weight[True])
-                if not args.lander or data.clips[i][2][-1, 0]]  # its engines are off at the end
-        held = sorted(held, key=lambda i: -len(clips[i]))[:CLIPS]
+        flies = lambda rows: args.lander and rows is not None and not rows[-1, 0]  # until its end
+        held = sorted(np.flatnonzero(data.weight[True]),
+                      key=lambda i: (flies(data.clips[i][2]), -len(clips[i])))[:CLIPS]
         real, actions = [clips[i] for i in held], [data.clips[i][2] for i in held]
         other = [clips[i] for i in np.flatnonzero(data.weight[False])]
     for i, (clip, rows) in enumerate(zip(real, actions)):
