@@ -1,7 +1,7 @@
 """Steers a model in this terminal: what you press is the action of the next frame.
 
     python experiments/play.py experiments/balls.pt                             arrows
-    python experiments/play.py experiments/lander.pt --context clip.mp4 --fps 6 digits
+    python experiments/play.py experiments/lander.pt --context clip.mp4 --fps 8 digits
 
 Arrows make the first or the second number of an action -1 or 1, for one frame. A digit says which
 of its numbers is 1, all others being 0, and holds until the next digit. Digits steer where an
