@@ -2,6 +2,7 @@
 
     python experiments/play.py experiments/balls.pt                             arrows
     python experiments/play.py experiments/lander.pt --context clip.mp4 --fps 8 digits
+    python experiments/play.py model.pt --guidance 1.5                          actions count more
 
 Arrows make the first or the second number of an action -1 or 1, for one frame. A digit says which
 of its numbers is 1, all others being 0, and holds until the next digit. Digits steer where an
@@ -25,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root of the project
 from data.clips import to_bytes, video_writer  # noqa: E402
 from diffusion_forcing import load_checkpoint, need  # noqa: E402
+from experiments.guidance import Guided, without_actions  # noqa: E402
 from sample import (STEPS, generate, load_inputs, mistakes, one_thread, output_paths,  # noqa: E402
                     positive, positive_float, working_device)
 
@@ -147,6 +149,8 @@ def parse_args(argv):
     p.add_argument("--fps", type=positive_float, default=15, help="at most (%(default)s)")
     p.add_argument("--keys", choices=["digits", "arrows"], help="(arrows for 1 or 2 numbers)")
     p.add_argument("--steps", type=positive, default=STEPS, help="of a frame (%(default)s)")
+    p.add_argument("--guidance", type=positive_float, default=1, help="weight of the actions; "
+                   "other than 1, it takes twice as long (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     p.add_argument("--device", type=working_device, default="auto", help="(cuda or cpu)")
     p.add_argument("--out", type=Path, help="keep what is shown: .mp4, .webm, .gif or .npy")
@@ -166,6 +170,8 @@ def main(argv=None):
             need(config.action_dim, f"{args.ckpt} was trained without actions")
             need(config.causal, f"{args.ckpt} looks both ways, and makes whole clips only")
             context, _, given = load_inputs(args, config)
+        if args.guidance != 1:
+            model = Guided(model, args.guidance, without_actions)
 
         digits = args.keys == "digits" or (not args.keys and config.action_dim > 2)
         keys = Keys(config.action_dim, digits, args.device)

@@ -283,14 +283,16 @@ def test_options_reach_the_world_and_a_whole_file_is_left(said, monkeypatch):
     monkeypatch.setattr(play.curses, "wrapper", wrapper)
     assert "terminal" in said(play.main, "model.pt", code=2), "here is none"
     monkeypatch.setattr(play.os, "isatty", lambda fd: True)
-    said(play.main, *"model.pt --context a.npy --fps 9 --seed 7 --steps 2 --keys digits --out 1.npy".split())
+    options = "--context a.npy --fps 9 --seed 7 --steps 2 --keys digits --guidance 2 --out 1.npy"
+    said(play.main, "model.pt", *options.split())
     said(play.main, "model.pt", "--out", "2.npy", code=128 + signal.SIGHUP)
     assert len(np.load("1.npy")) == len(np.load("2.npy")) == 1, "whole, after Ctrl-C and in a closed window"
     assert [t[:2] for t in told] == [(9, True), (15, False)] and handlers[signal.SIGTSTP] == play.halt
-    model, context = df.load_checkpoint("model.pt")[0], torch.full((1, 4, 3, 8, 8), 99 / 127.5 - 1)
+    model = guidance.Guided(df.load_checkpoint("model.pt")[0], 2, guidance.without_actions)
+    context = torch.full((1, 4, 3, 8, 8), 99 / 127.5 - 1)
     K, actions = df.scheduling_matrix("autoregressive", 1, 2), torch.tensor([[[5.0, 5]] * 4 + [[1, 0]] * 2])
     frames = [frame for n in (7, 8) for frame in df.rollout(model, K, 6, context, actions=actions, generator=seed(n))]
-    assert (told[0][2] == sample.to_bytes(torch.cat(frames))).all(), "each world has the next seed"
+    assert (told[0][2] == sample.to_bytes(torch.cat(frames))).all(), "each world has the next seed, and is guided"
     for words in ("still.pt", "both.pt", "no.pt", "model.pt --fps 0", "model.pt --out a.npy --context a.npy"):
         line = said(play.main, *words.split(), code=2).splitlines()[-1]
         assert "error:" in line and (words.split()[0] in line or words.split()[1] in line), line
