@@ -2,7 +2,6 @@
 
     python experiments/play.py experiments/balls.pt                             arrows
     python experiments/play.py experiments/lander.pt --context clip.mp4 --fps 8 digits
-    python experiments/play.py model.pt --guidance 1.5                          actions count more
 
 Arrows make the first or the second number of an action -1 or 1, for one frame. A digit says which
 of its numbers is 1, all others being 0, and holds until the next digit. Digits steer where an
@@ -133,8 +132,7 @@ def play(screen, worlds, keys, fps, keep):
 
 
 def halt(number, _):
-    """Ctrl-Z: the shell has its terminal until it lets us go on. (The handler of curses would run
-    in any thread, and might never return.)"""
+    """Ctrl-Z. (The handler of curses would run in any thread, and might never return.)"""
     curses.endwin()
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
@@ -149,8 +147,7 @@ def parse_args(argv):
     p.add_argument("--fps", type=positive_float, default=15, help="at most (%(default)s)")
     p.add_argument("--keys", choices=["digits", "arrows"], help="(arrows for 1 or 2 numbers)")
     p.add_argument("--steps", type=positive, default=STEPS, help="of a frame (%(default)s)")
-    p.add_argument("--guidance", type=positive_float, default=1, help="weight of the actions; "
-                   "other than 1, it takes twice as long (%(default)s)")
+    p.add_argument("--guidance", type=positive_float, default=1, help="weight of actions (1)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     p.add_argument("--device", type=working_device, default="auto", help="(cuda or cpu)")
     p.add_argument("--out", type=Path, help="keep what is shown: .mp4, .webm, .gif or .npy")
@@ -166,21 +163,20 @@ def main(argv=None):
             if args.out:
                 output_paths(args)
             model, _ = load_checkpoint(args.ckpt, args.device)
-            config = model.config
-            need(config.action_dim, f"{args.ckpt} was trained without actions")
-            need(config.causal, f"{args.ckpt} looks both ways, and makes whole clips only")
-            context, _, given = load_inputs(args, config)
+            need(model.config.action_dim, f"{args.ckpt} was trained without actions")
+            need(model.config.causal, f"{args.ckpt} looks both ways, and makes whole clips only")
+            context, _, given = load_inputs(args, model.config)
         if args.guidance != 1:
             model = Guided(model, args.guidance, without_actions)
 
-        digits = args.keys == "digits" or (not args.keys and config.action_dim > 2)
-        keys = Keys(config.action_dim, digits, args.device)
+        digits = args.keys == "digits" or (not args.keys and model.config.action_dim > 2)
+        keys = Keys(model.config.action_dim, digits, args.device)
         worlds = (world(model, context, given, keys, args.steps, seed)
                   for seed in itertools.count(args.seed))
         stack.enter_context(one_thread(model))
         kept = contextlib.nullcontext(lambda image: None)
         if args.out:
-            kept = video_writer(args.out, config.height, config.width, args.fps)
+            kept = video_writer(args.out, model.config.height, model.config.width, args.fps)
         keep = stack.enter_context(kept)
 
         signal.signal(signal.SIGTSTP, halt)
