@@ -18,7 +18,7 @@ network. The best of some plans is followed for two frames.
 
 import itertools
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -86,13 +86,13 @@ def collect(env, rng, steps=1_000_000):
 
 
 def train(env, args):
-    """Records, trains, and writes MAZE.pt. A clip may begin with any position."""
+    """Records, trains, and writes args.ckpt. A clip may begin with any position."""
     rng, (T, _) = np.random.default_rng(args.seed), MAZES[args.maze]
     data = collect(env, rng)  # (N,2)
     model = Denoiser(Config(
         height=1, width=1, channels=2 * STACK, patch=1, dim=64, dim_mults=(1,), clip_frames=T,
         window=T, data_mean=tuple(data.mean(0)) * STACK, sigma_data=data.std(0).mean().item(),
-        P_mean=-1.2, P_std=1.8, sigma_max=20.0, context_noise=0.01))
+        P_std=1.8, sigma_max=20.0, context_noise=0.01, **({"P_mean": -1.2} | args.config)))
     objective = Objective(model)
     optimizer = torch.optim.AdamW(objective.parameters(), betas=(0.9, 0.99))
     for done in tqdm(np.linspace(0, 1, args.steps), "training", unit=" steps", mininterval=1):
@@ -103,7 +103,7 @@ def train(env, args):
         objective(x, None, None).backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
-    save_checkpoint(f"{args.maze}.pt", model.config, model.state_dict())
+    save_checkpoint(args.ckpt, model.config, model.state_dict())
 
 
 # ==== Planning. ==================================================================================
@@ -120,13 +120,12 @@ def guided(model, cost, scale):
     return denoise if scale else model
 
 
-def plan(model, past, goal, args):
+def plan(model, past, goal, args, step=0):
     """past (B, STACK, 2), goal (B, 2) -> `best` plans for each, positions (B, N, (T - 1) STACK, 2),
     and their scores (B, N). The least is the best: it ends at the goal, and gets there soon."""
     B, N, config = len(past), args.best, model.config
-    past = torch.tensor(past, dtype=torch.float).repeat_interleave(N, 0)  # (BN,STACK,2)
-    goal = torch.tensor(goal, dtype=torch.float).repeat_interleave(N, 0)[:, None]  # (BN,1,2)
-    away = lambda x: (x.reshape(B * N, -1, 2) - goal).norm(dim=-1)  # (BN,positions)
+    past, goal = (torch.tensor(a, dtype=torch.float).repeat_interleave(N, 0) for a in (past, goal))
+    away = lambda x: (x.reshape(B * N, -1, 2) - goal[:, None]).norm(dim=-1)  # (BN,positions)
     matrix = scheduling_matrix("pyramid", config.clip_frames - 1, S, args.uncertainty)
     denoise = guided(model, lambda D: away(D).mean(1), args.scale)
     x = sample(denoise, matrix, past.reshape(B * N, 1, 2 * STACK, 1, 1), config=config)[:, 1:]
@@ -146,7 +145,7 @@ def play(envs, args, model=None):
     for step in trange(limit, desc="playing", unit=" steps", leave=False):
         live, now = np.flatnonzero(took == limit), step % (2 * STACK * EVERY)
         if model and now == 0 and len(live):  # a new plan for every two frames
-            paths, scores = plan(model, past[live], goals[live], args)
+            paths, scores = args.plan(model, past[live], goals[live], args, step)
             plans = {k: path[score.argmin()] for k, path, score in zip(live, paths, scores)}
             crossing += [walls(maze, path).any() for path in plans.values()]
         for k in live:  # a ball is pulled to where it should be three positions later
@@ -169,7 +168,7 @@ def draw(maze, args, model, zoom=24, shown=6):
     ends = max(itertools.product(cells, cells), key=lambda ends: len(route(maze, *ends)))
     calls, clouds = [], []
     model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))  # x, sigma
-    paths, scores = plan(model, np.tile(ends[0], (1, STACK, 1)), ends[1][None], args)
+    paths, scores = args.plan(model, np.tile(ends[0], (1, STACK, 1)), ends[1][None], args)
     for x, sigma in calls:
         size = per_frame((1 + (sigma / model.config.sigma_data) ** 2).sqrt())
         cloud = (x.detach() - model.data_mean) / size + model.data_mean  # (N,T,2 STACK,1,1)
@@ -184,11 +183,11 @@ def draw(maze, args, model, zoom=24, shown=6):
             i, j = (int(np.clip(v, r, n - r - 1)) for v, n in zip((i, j), panel.shape))
             panel[i - r : i + r + 1, j - r : j + r + 1] = colour
         panels.append(np.pad(panel, ((0, 0), (0, 8), (0, 0)), constant_values=255))
-    iio.imwrite(f"{args.maze}.png", np.concatenate(panels, 1).astype(np.uint8))
+    iio.imwrite(Path(args.ckpt).with_suffix(".png"), np.concatenate(panels, 1).astype(np.uint8))
 
 
-def main():
-    p = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def main(doc=__doc__, plan=plan, name="{}.pt", **config):
+    p = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("command", choices=("train", "test", "draw"))
     p.add_argument("maze", choices=MAZES)
     p.add_argument("--steps", type=positive, default=7000, help="of training (%(default)s)")
@@ -197,7 +196,8 @@ def main():
     p.add_argument("--scale", type=float, default=3.0, help="of the guidance (%(default)s)")
     p.add_argument("--best", type=positive, default=16, help="plans to choose from (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    args = p.parse_args()
+    args = p.parse_args(namespace=Namespace(plan=plan, config=config))
+    args.ckpt = name.format(args.maze)
     with mistakes(ImportError):
         import gymnasium
         import gymnasium_robotics  # it makes the mazes known to gymnasium
@@ -208,7 +208,7 @@ def main():
     if args.command == "train":
         return train(make(), args)
     with mistakes(ValueError):
-        model, _ = load_checkpoint(f"{args.maze}.pt")
+        model, _ = load_checkpoint(args.ckpt)
     envs = [make() for _ in range(args.episodes)]
     if args.command == "draw":
         return draw(envs[0].maze, args, model)
