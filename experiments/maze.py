@@ -120,7 +120,7 @@ def guided(model, cost, scale):
     return denoise if scale else model
 
 
-def plan(model, past, goal, args, step=0):
+def plan(model, past, goal, args, step=0):  # step of the episode: maze_keyframe.py needs it
     """past (B, STACK, 2), goal (B, 2) -> `best` plans for each, positions (B, N, (T - 1) STACK, 2),
     and their scores (B, N). The least is the best: it ends at the goal, and gets there soon."""
     B, N, config = len(past), args.best, model.config
